@@ -1,0 +1,303 @@
+"""What the stages hand to each other: frozen values with shapes and units, no behaviour to speak of.
+
+load → LoadedModel → adapt → LoadedModel → trace → Program → calibrate → Ranges → plan → QuantPlan
+→ quantize → Program → build → BuiltArtifact → run → Latency, Accuracy → Result → Report
+
+Images are RGB. `uint8 NHWC` holds resized and cropped pixels in 0..255, `float32 NCHW` what a network
+takes. Sizes are (height, width) in pixels. This module imports no stage and no vendor SDK.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.fx import GraphModule
+
+Size = tuple[int, int]
+Pixels = npt.NDArray[np.uint8]  # [N, H, W, 3]
+Images = npt.NDArray[np.float32]  # [N, 3, H, W]
+Logits = npt.NDArray[np.float32]  # [N, K]; embeddings for a model without a classifier
+Labels = npt.NDArray[np.int64]  # [N]
+
+
+class Precision(StrEnum):
+    """The precisions a user can ask for; the order is that of the report."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+class Interpolation(StrEnum):
+    """Image resampling, named as timm and Pillow name it."""
+
+    NEAREST = "nearest"
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    LANCZOS = "lanczos"
+
+
+class CropMode(StrEnum):
+    """How a resized image becomes `size`: keep the aspect and crop, or squash to it."""
+
+    CENTER = "center"
+    SQUASH = "squash"
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an image becomes the network's input; one for calibration, baseline and every artifact.
+
+    size: (height, width) in pixels fed to the network.
+    mean, std: per RGB channel on the 0..1 scale.
+    crop_pct: the short side is resized to size / crop_pct before the centre crop.
+    """
+
+    size: Size
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = Interpolation.BICUBIC
+    crop_pct: float = 1.0
+    crop_mode: CropMode = CropMode.CENTER
+
+    def at(self, size: Size) -> Preprocessing:
+        """The same contract for another network input size."""
+        return replace(self, size=size)
+
+    def digest(self) -> str:
+        """SHA-256 of the contract, as carried by reports, artifacts and bundles."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def normalize(self, pixels: Pixels) -> Images:
+        """uint8 NHWC pixels to contiguous float32 NCHW: (pixels / 255 - mean) / std."""
+        scale = (1.0 / (255.0 * np.asarray(self.std, np.float64))).astype(np.float32)
+        shift = (-np.asarray(self.mean, np.float64) / np.asarray(self.std, np.float64)).astype(np.float32)
+        images = pixels.astype(np.float32) * scale + shift
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+class Positions(StrEnum):
+    """How a family encodes positions; decides what a new image size needs."""
+
+    ABSOLUTE = "absolute table"
+    RELATIVE = "relative bias"
+    ROTARY = "rotary"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model in eval mode whose forward maps float32 NCHW to one [N, K] tensor.
+
+    module: its parameter names are the names in plans and reports (no wrapper prefix).
+    preprocessing.size: the size the module takes now; source_image_size: the one it was made for.
+    multiple: (height, width) steps that a size must be a multiple of.
+    num_classes: 0 for a model without a classifier head (its output is an embedding).
+    output: which part of the forward's result was taken, in words.
+    notes: facts the user should know (what was resampled, which key was chosen).
+    """
+
+    module: nn.Module
+    spec: str
+    family: str
+    preprocessing: Preprocessing
+    num_classes: int
+    source_image_size: Size
+    multiple: Size
+    positions: Positions
+    output: str = "logits"
+    baseline_path: Path | None = None  # an .onnx source: its float file is the baseline
+    notes: tuple[str, ...] = ()
+
+    @property
+    def image_size(self) -> Size:
+        """(height, width) the module takes now."""
+        return self.preprocessing.size
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One matrix product or convolution with a constant weight, found in a program.
+
+    name: module path (`blocks.3.mlp.fc1`), unique; node: its node in the graph.
+    weight, bias: fully qualified names in the graph module (bias None where there is none).
+    shape: of the weight, [out, in] or [out, in, kh, kw].
+    macs: multiply-accumulates for one image.
+    """
+
+    name: str
+    kind: Literal["linear", "conv"]
+    node: str
+    weight: str
+    bias: str | None
+    shape: tuple[int, ...]
+    macs: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """A traced model: an unlifted ATen graph whose one input is float32 [batch, 3, H, W].
+
+    graph: owns its parameters under the source's names; treat as immutable (passes copy it).
+    layers: what can be quantised, in execution order.
+    attention_macs: MACs of one image in products of two activations.
+    """
+
+    graph: GraphModule
+    layers: tuple[Layer, ...]
+    image_size: Size
+    dynamic_batch: bool
+    batch_size: int = 1
+    attention_macs: int = 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image, linears, convolutions and attention."""
+        return self.attention_macs + sum(layer.macs for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Real values [low, high] that quantisation must cover; low <= high, both finite."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """What calibration saw at the input of each layer.
+
+    inputs: layer name → range chosen by `method`; images: how many were seen.
+    """
+
+    method: str
+    images: int
+    inputs: Mapping[str, Range]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What happens to one layer: quantised with this input range, or kept float for this reason."""
+
+    name: str
+    quantized: bool
+    input: Range | None = None
+    weight_bits: int = 8
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantPlan:
+    """Target-neutral decisions, saved as plan.json. A TargetProfile turns them into scales."""
+
+    method: str
+    seed: int
+    images: int
+    layers: tuple[LayerPlan, ...]
+    schema: str = "vit-export.plan/1"
+
+    def kept_float(self) -> tuple[str, ...]:
+        """Names of the layers that stay float."""
+        return tuple(layer.name for layer in self.layers if not layer.quantized)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetProfile:
+    """What a target accepts. Nothing else differs between targets.
+
+    activations: uint8 with any zero point, or int8 with zero point 0.
+    attention: keep one fused attention operator, or decompose it.
+    rest: float type of everything that is not quantised.
+    """
+
+    activations: Literal["asymmetric", "symmetric"]
+    opset: int
+    attention: Literal["fused", "decomposed"]
+    rest: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltArtifact:
+    """A file (or package folder) a runtime loads.
+
+    path: absolute; size_bytes: of the file or of all files in the folder.
+    details: facts about the build for the report (integer_linears, float_linears, opset, ...).
+    """
+
+    target: str
+    precision: Precision
+    image_size: Size
+    path: Path
+    size_bytes: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Runnable:
+    """What a runtime worker opens: a runner's name in the RUNNERS table, a file and its options.
+
+    threads: intra-op threads, 0 for the runtime's own choice. options: passed to the runner.
+    """
+
+    runner: str
+    path: Path
+    threads: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EvalSet:
+    """Preprocessed images on disk that every runtime reads, so that all see identical tensors.
+
+    pixels: path of a .npy with uint8 [N, H, W, 3]. names: one a image, for flipped-image lists.
+    """
+
+    pixels: Path
+    preprocessing: Preprocessing
+    count: int
+    labels: Labels | None = None
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds for one call at the stated batch, over all rounds. unstable: p90/p50 above 1.5."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    min: float
+    runs: int
+    unstable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """An artifact against the FP32 baseline on the same images.
+
+    top1, top5: fractions in 0..1, None without labels. top1_drop: percentage points, positive is
+    worse; top1_drop_ci95 from a paired bootstrap. agreement: share of images with the same argmax
+    (k-NN agreement for embeddings). sqnr_db: over all outputs, None when identical (infinite).
+    """
+
+    images: int
+    agreement: float
+    sqnr_db: float | None
+    cosine: float
+    top1: float | None = None
+    top5: float | None = None
+    top1_drop: float | None = None
+    top1_drop_ci95: tuple[float, float] | None = None
