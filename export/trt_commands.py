@@ -12,7 +12,9 @@ from vit_export.export.trt_options import TensorRtOptions
 _COMPATIBILITY = {"none": "none", "ampere+": "ampere+", "same": "sameComputeCapability"}
 
 
-def commands(graph: Path, engine: Path, source: GraphInput, options: TensorRtOptions) -> Mapping[str, str]:
+def commands(
+    graph: Path, engine: Path, source: GraphInput, options: TensorRtOptions, capabilities: tuple[str, ...]
+) -> Mapping[str, str]:
     """One line for `trtexec` of TensorRT 10, one of TensorRT 11, one for `tensorrt_rtx`.
 
     10 needs to be told that the graph decides precision; in 11 and RTX nothing else exists, and both
@@ -21,19 +23,12 @@ def commands(graph: Path, engine: Path, source: GraphInput, options: TensorRtOpt
     files = [f"--onnx={graph}", f"--saveEngine={engine}"]
     shapes = _shapes(source, options) if source.batch is None else []
     tuned = [*shapes, *_builder_flags(options), *_trtexec_flags(engine, options), "--useCudaGraph"]
-    capabilities = ",".join(c.replace(".", "") for c in options.compute_capabilities)
+    rtx = [*files, *shapes, *_builder_flags(options)]
+    chips = ",".join(c.replace(".", "") for c in capabilities)
     return {
         "TensorRT 10": shlex.join(["trtexec", *files, "--stronglyTyped", *tuned]),
         "TensorRT 11": shlex.join(["trtexec", *files, *tuned]),
-        "TensorRT-RTX": shlex.join(
-            [
-                "tensorrt_rtx",
-                *files,
-                *shapes,
-                *_builder_flags(options),
-                f"--computeCapabilities={capabilities}",
-            ]
-        ),
+        "TensorRT-RTX": shlex.join(["tensorrt_rtx", *rtx, f"--computeCapabilities={chips}"]),
     }
 
 

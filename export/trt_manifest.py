@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class EngineBuild:
     graph: Path
     input: GraphInput
     options: TensorRtOptions
-    commands: Mapping[str, str]
+    commands: Mapping[str, str] = field(default_factory=dict)
     engine: Path | None = None
     reason: str = ""
     module: str = ""

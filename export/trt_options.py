@@ -12,6 +12,7 @@ Compatibility = Literal["none", "ampere+", "same"]
 
 # Data-centre, Jetson and RTX chips of the last four generations. TensorRT-RTX knows fewer: the build
 # takes those its API names and lists the others (Jetson Orin is 8.7, Thor 11.0, Hopper 9.0).
+RTX_CAPABILITIES = ("8.6", "8.9", "12.0", "12.1")  # of those, what TensorRT-RTX 1.7 knows
 DEFAULT_CAPABILITIES = ("8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 
 

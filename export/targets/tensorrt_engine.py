@@ -18,7 +18,7 @@ from vit_export.errors import InputError, MissingExtra, UsageError
 from vit_export.export.trt_commands import commands
 from vit_export.export.trt_errors import explain, not_a_graph, parse_failure
 from vit_export.export.trt_manifest import EngineBuild, GraphInput, manifest_path, read_request
-from vit_export.export.trt_options import FlavorName, TensorRtOptions
+from vit_export.export.trt_options import RTX_CAPABILITIES, FlavorName, TensorRtOptions
 from vit_export.export.trt_sdk import NoDevice, Sdk, load
 
 _COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
@@ -35,8 +35,7 @@ def build_engine(graph: Path, source: GraphInput, options: TensorRtOptions | Non
     if not graph.is_file():
         raise InputError(f"{graph} is not a file")
     engine = graph.with_suffix(".engine")
-    lines = commands(graph, engine, source, options)
-    build = EngineBuild(manifest_path(graph), graph, source, options, lines)
+    build = EngineBuild(manifest_path(graph), graph, source, options)
     started = time.perf_counter()
     try:
         build = _build(load(options.flavor), build, engine)
@@ -46,7 +45,9 @@ def build_engine(graph: Path, source: GraphInput, options: TensorRtOptions | Non
         build = replace(build, reason=f"{error.message} on this machine; {_on_device(build)}")
     except NoDevice as error:
         build = replace(build, reason=f"{error.message}; {_on_device(build)}")
-    build = replace(build, seconds=time.perf_counter() - started)
+    chips = build.capabilities or RTX_CAPABILITIES
+    lines = commands(graph, engine, source, options, chips)
+    build = replace(build, commands=lines, seconds=time.perf_counter() - started)
     _write_whole(build.manifest, json.dumps(build.as_json(), indent=1).encode())
     return build
 
