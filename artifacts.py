@@ -160,6 +160,7 @@ class Program:
     dynamic_batch: bool
     batch_size: int = 1
     attention_macs: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -262,6 +263,7 @@ class EvalSet:
     """Preprocessed images on disk that every runtime reads, so that all see identical tensors.
 
     pixels: path of a .npy with uint8 [N, H, W, 3]. names: one a image, for flipped-image lists.
+    skipped: images left out because they could not be read, each as `name: reason`.
     """
 
     pixels: Path
@@ -269,6 +271,7 @@ class EvalSet:
     count: int
     labels: Labels | None = None
     names: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +294,7 @@ class Accuracy:
     top1, top5: fractions in 0..1, None without labels. top1_drop: percentage points, positive is
     worse; top1_drop_ci95 from a paired bootstrap. agreement: share of images with the same argmax
     (k-NN agreement for embeddings). sqnr_db: over all outputs, None when identical (infinite).
+    kl: mean KL(softmax(baseline) || softmax(artifact)) in nats, None for embeddings.
     """
 
     images: int
@@ -301,3 +305,4 @@ class Accuracy:
     top5: float | None = None
     top1_drop: float | None = None
     top1_drop_ci95: tuple[float, float] | None = None
+    kl: float | None = None

@@ -12,6 +12,8 @@ VitExportError                     exit code
 │   ├── UnsupportedOperator            an operator the target does not take, with its module path
 │   ├── ParityError                    an exported graph does not reproduce its source
 │   └── RunnerError                    a runtime refused, failed or returned something impossible
+│       ├── WorkerCrash                    its process died, with the signal and its last words
+│       └── WorkerTimeout                  its process did not answer in time and was ended
 └── NumericsError                  2   NaN or Inf in weights, activations or outputs, with its place
 Anything else that reaches the command line is a bug and exits with 4.
 """
@@ -99,3 +101,20 @@ class ParityError(TargetError):
 
 class RunnerError(TargetError):
     """A runtime refused an artifact, crashed, hung or returned an impossible output."""
+
+
+class WorkerCrash(RunnerError):
+    """A runtime's process died or broke the protocol. `signal` is its name (`SIGSEGV`) or None."""
+
+    def __init__(self, message: str, stderr: Sequence[str] = (), signal: str | None = None) -> None:
+        super().__init__(message, f"last words: {stderr[-1]}" if stderr else "")
+        self.stderr = tuple(stderr)
+        self.signal = signal
+
+
+class WorkerTimeout(RunnerError):
+    """A runtime's process did not answer in time and was ended."""
+
+    def __init__(self, message: str, stderr: Sequence[str] = ()) -> None:
+        super().__init__(message, f"last words: {stderr[-1]}" if stderr else "")
+        self.stderr = tuple(stderr)

@@ -1,0 +1,106 @@
+"""Files that are complete or absent: write beside the target under a temporary name, then rename.
+
+A rename within one directory is atomic on POSIX and on Windows, so a reader, a killed process or a full
+disk never meets half a report. Everything the runtime package writes goes through here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vit_export.errors import UsageError
+
+_CHUNK = 1 << 20
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, replacing what was there only once all of it is on disk.
+
+    Missing parent folders are made. Raises UsageError if the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        part = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.chmod(0o666 & ~_umask())  # mkstemp makes 0600, a report is an ordinary file
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory that becomes `path` when the block ends well, and vanishes otherwise.
+
+    A directory already at `path` is replaced, and only after the new one is complete.
+    Raises UsageError if the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        part.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        yield part
+        _swap(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces so that memory does not grow with its size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files under a directory (an .mlpackage, an OpenVINO folder)."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
+
+
+def _swap(part: Path, path: Path) -> None:
+    """Put `part` at `path`; a directory there before is moved aside first, because rename needs it gone."""
+    try:
+        if not path.exists():
+            part.rename(path)
+            return
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        try:
+            path.rename(old / path.name)
+            part.rename(path)
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _umask() -> int:
+    """The process's umask; the only way to read it is to set it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"cannot write {path}: {error.strerror or error}", "choose a writable --output with free space"
+    )
