@@ -1,1 +1,70 @@
-""""""
+"""Loading a Vision Transformer from anywhere, and giving it another image size.
+
+    model = load("timm:deit_tiny_patch16_224", LoadOptions(pretrained=True))
+    small = adapt(model, (160, 192))
+
+Importing this package imports no torch; the functions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module, util
+from pathlib import PurePath
+
+from vit_export.artifacts import LoadedModel, Size
+from vit_export.errors import MissingExtra, UsageError
+from vit_export.models.config import AdaptConfig, LoadOptions, PosEmbedMode
+
+__all__ = ["AdaptConfig", "LoadOptions", "PosEmbedMode", "adapt", "load"]
+
+# What a SPEC starts or ends with → the module whose `load(name, options)` reads it.
+PREFIXES: Mapping[str, str] = {
+    "timm:": "timm_source",
+    "hf:": "hf_source",
+    "torchvision:": "torchvision_source",
+}
+SUFFIXES: Mapping[str, str] = {".onnx": "onnx_source", ".pt2": "program_source", ".py": "file_source"}
+DEFAULT = "digits-vit"
+_FORMS = (
+    "digits-vit, timm:NAME, hf:DIR_OR_ID, torchvision:NAME, path/file.py:FACTORY, model.onnx, program.pt2"
+)
+
+
+def load(spec: str = DEFAULT, options: LoadOptions | None = None) -> LoadedModel:
+    """The model a SPEC names, in eval mode, float32, with one [N, K] output.
+
+    Raises UsageError for a SPEC or name that does not exist, InputError for files that cannot be read,
+    CheckpointError, NumericsError for NaN or Inf weights, MissingExtra without the `export` extra.
+    """
+    source, name = _source(spec)
+    _require_torch()
+    loader: Callable[[str, LoadOptions], LoadedModel] = import_module(f"{__name__}.{source}").load
+    return replace(loader(name, options or LoadOptions()), spec=spec)
+
+
+def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> LoadedModel:
+    """The model for another image size (height, width); see `models.adapt`."""
+    from vit_export.models.adapt import adapt as _adapt
+
+    return _adapt(model, size, config)
+
+
+def _source(spec: str) -> tuple[str, str]:
+    """(module, name) of a SPEC."""
+    if spec == DEFAULT:
+        return "digits_source", ""
+    for prefix, source in PREFIXES.items():
+        if spec.startswith(prefix):
+            return source, spec.removeprefix(prefix)
+    path = spec.rpartition(":")[0] if ".py:" in spec else spec
+    source = SUFFIXES.get(PurePath(path).suffix, "")
+    if not source or (source == "file_source" and path == spec):
+        raise UsageError(f"--model {spec} is no SPEC", f"one of: {_FORMS}")
+    return source, spec
+
+
+def _require_torch() -> None:
+    if util.find_spec("torch") is None or util.find_spec("timm") is None:
+        raise MissingExtra("torch" if util.find_spec("torch") is None else "timm", "export")

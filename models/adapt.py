@@ -1,0 +1,44 @@
+"""A loaded model at another image size."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+
+from vit_export.artifacts import LoadedModel, Size
+from vit_export.errors import BadSize, InputError, NumericsError
+from vit_export.models import resizers
+from vit_export.models.config import AdaptConfig
+from vit_export.models.geometry import show
+from vit_export.models.output import run
+
+
+def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> LoadedModel:
+    """The model for images of `size` (height, width): position tables resampled, windows and masks redone.
+
+    The input is not changed. The present size gives the same module back. The adapted module is run
+    once, so a model that cannot work at `size` fails here.
+
+    Raises BadSize naming the nearest valid sizes, AmbiguousPositions when a user's own module has
+    several tables that fit.
+    """
+    if size == model.image_size:
+        return model
+    config = config or AdaptConfig()
+    resizers.find(model.module, model.image_size, config).geometry().check(size, model.spec)
+    module = deepcopy(model.module)
+    notes = resizers.find(module, model.image_size, config).resize(size, config, model.spec)
+    try:
+        output = run(module, size)
+    except InputError as error:
+        raise BadSize(show(size), model.spec, error.message, []) from error
+    if not torch.isfinite(output).all():
+        raise NumericsError(f"{model.spec} gives NaN or Inf at {show(size)}")
+    return replace(
+        model,
+        module=module,
+        preprocessing=model.preprocessing.at(size),
+        notes=(*model.notes, *notes),
+    )

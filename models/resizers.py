@@ -1,0 +1,138 @@
+"""Who knows how a module's positions depend on the image size.
+
+A Resizer is bound to one module that is fed the image. `find` picks it by the module's class, so a timm
+backbone inside a user's own model is treated as timm's. A module of no known class is a plain one
+(user_module.py). New families: a Resizer subclass and one line in RESIZERS.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib import import_module
+from math import lcm
+from typing import ClassVar
+
+from torch import nn
+
+from vit_export.artifacts import Positions, Size
+from vit_export.models.config import AdaptConfig
+from vit_export.models.geometry import Geometry, show
+from vit_export.models.positions import Table
+
+# Class of a module, by its own path or a base's → "module:Resizer". The first match on the MRO wins.
+RESIZERS: Mapping[str, str] = {
+    "timm.models.swin_transformer.SwinTransformer": "timm_resize:TimmSwin",
+    "timm.models.swin_transformer_v2.SwinTransformerV2": "timm_resize:TimmSwin",
+    "timm.models.pvt_v2.PyramidVisionTransformerV2": "timm_resize:TimmFree",
+}
+# Any class of timm that can set its own input size.
+_TIMM = "timm_resize:TimmSized"
+_PLAIN = "user_module:PlainModule"
+
+
+class Resizer(ABC):
+    """Changes the image size of one module, in place.
+
+    size: what the module takes now, where the caller knows it and the module does not.
+    """
+
+    positions: ClassVar[Positions]
+
+    def __init__(self, module: nn.Module, size: Size | None = None) -> None:
+        self.module = module
+        self._size = size
+
+    @abstractmethod
+    def geometry(self) -> Geometry:
+        """The sizes the module takes."""
+
+    def scheme(self) -> Positions:
+        """How the module encodes positions; `positions` unless an instance decides otherwise."""
+        return self.positions
+
+    def tables(self) -> tuple[Table, ...]:
+        """The learned absolute tables, for checkpoints of another resolution."""
+        return ()
+
+    def prepare(self) -> None:  # noqa: B027 - most modules need nothing
+        """Make positions constants at the present size, where the family computes them in forward."""
+
+    def resize(self, size: Size, config: AdaptConfig, model: str) -> tuple[str, ...]:
+        """Make the module take `size`; says what was done. The present size changes nothing.
+
+        Raises BadSize when it cannot, naming the nearest sizes that work.
+        """
+        geometry = self.geometry()
+        geometry.check(size, model)
+        if size == geometry.size:
+            return ()
+        return (*self._resize(size, config), f"image size {show(geometry.size)} → {show(size)}")
+
+    @abstractmethod
+    def _resize(self, size: Size, config: AdaptConfig) -> tuple[str, ...]:
+        """Do it; `size` is valid and new."""
+
+
+class Several(Resizer):
+    """Modules side by side that see the same image (an ensemble)."""
+
+    def __init__(self, module: nn.Module, parts: tuple[Resizer, ...]) -> None:
+        super().__init__(module)
+        self.parts = parts
+
+    def scheme(self) -> Positions:
+        return self.parts[0].scheme()
+
+    def geometry(self) -> Geometry:
+        all_parts = [part.geometry() for part in self.parts]
+        first, *rest = all_parts
+        multiple, minimum = first.multiple, first.minimum
+        for part in rest:
+            multiple = (lcm(multiple[0], part.multiple[0]), lcm(multiple[1], part.multiple[1]))
+            minimum = (max(minimum[0], part.minimum[0]), max(minimum[1], part.minimum[1]))
+        return Geometry(first.size, multiple, minimum, first.reason)
+
+    def prepare(self) -> None:
+        for part in self.parts:
+            part.prepare()
+
+    def _resize(self, size: Size, config: AdaptConfig) -> tuple[str, ...]:
+        return tuple(note for part in self.parts for note in part._resize(size, config))
+
+
+def find(module: nn.Module, size: Size | None = None, config: AdaptConfig | None = None) -> Resizer:
+    """The Resizer of a module, or of the known models inside it.
+
+    size: what the module takes now, where the caller knows; config: settles a plain module's table.
+    """
+    found = tuple(parts(module, size))
+    if found:
+        return found[0] if len(found) == 1 else Several(module, found)
+    from vit_export.models.user_module import PlainModule
+
+    return PlainModule(module, size, config or AdaptConfig())
+
+
+def parts(module: nn.Module, size: Size | None = None) -> list[Resizer]:
+    """Resizers of the topmost known modules in the tree."""
+    target = _target(module)
+    if target is not None:
+        return [target(module, size)]
+    return [part for child in module.children() for part in parts(child, size)]
+
+
+def _target(module: nn.Module) -> type[Resizer] | None:
+    for base in type(module).__mro__:
+        path = RESIZERS.get(f"{base.__module__}.{base.__qualname__}")
+        if path is not None:
+            return _import(path)
+    if type(module).__module__.startswith("timm.models.") and hasattr(module, "set_input_size"):
+        return _import(_TIMM) if hasattr(module, "patch_embed") else None
+    return None
+
+
+def _import(path: str) -> type[Resizer]:
+    name, _, attribute = path.partition(":")
+    resizer: type[Resizer] = getattr(import_module(f"vit_export.models.{name}"), attribute)
+    return resizer
