@@ -77,11 +77,11 @@ def parse_failure(parser: Any, graph: Path, product: str) -> TargetError:
     """The error for a graph the parser refused: the first thing it said, translated."""
     if parser.num_errors == 0:
         return not_a_graph(graph, product)
-    error = parser.get_error(0)
+    refusal = parser.get_error(0)
     return explain(
-        f"{error.code().name}: {' '.join(str(error.desc()).split())}",
-        operator=str(error.node_operator()),
-        node=str(error.node_name()),
+        f"{refusal.code().name}: {' '.join(str(refusal.desc()).split())}",
+        operator=str(refusal.node_operator()),
+        node=str(refusal.node_name()),
         graph=graph,
         product=product,
     )
@@ -97,11 +97,11 @@ def not_a_graph(graph: Path, product: str) -> TargetError:
 def explain(said: str, operator: str, node: str, graph: Path, product: str) -> TargetError:
     """Translate one message. Unknown wording is passed on, first sentence only, with the node's place."""
     node = node or _quoted_node(said)
-    for refusal in REFUSALS:
-        if match := refusal.pattern.search(f"{operator} {said}"):
+    for known in REFUSALS:
+        if match := known.pattern.search(f"{operator} {said}"):
             values = match.groupdict()
-            what = refusal.what.format(op=operator or "a node", **values)
-            return _error(product, _place(graph, node or values.get("name", "")), what, refusal.hint)
+            what = known.what.format(op=operator or "a node", **values)
+            return _error(product, _place(graph, node or values.get("name", "")), what, known.hint)
     place = _place(graph, node)
     what = f"{operator}: {said[:200]}" if operator else said[:200]
     keep = f"keep it float (--keep-float '{place}')" if place else "try --fp32"

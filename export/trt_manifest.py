@@ -5,7 +5,7 @@ Schema vit-export.tensorrt/1:
 {"schema", "graph": "model.onnx", "graph_sha256", "input": {"name", "size": [H, W], "batch": N | null},
  "options": {TensorRtOptions}, "engine": "model.engine" | null, "reason",
  "module": "tensorrt" | "tensorrt_rtx", "version", "compute_capabilities", "unavailable_capabilities",
- "warnings": [...], "commands": {"TensorRT 10": "trtexec ...", ...}, "seconds"}
+ "warnings": [...], "int8_layers": [...], "commands": {"TensorRT 10": "trtexec ...", ...}, "seconds"}
 ```
 `graph` and `engine` are names in the manifest's own folder, which can therefore be moved.
 """
@@ -13,11 +13,12 @@ Schema vit-export.tensorrt/1:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from vit_export.artifacts import Size
 from vit_export.errors import InputError, UntrustedInput
@@ -57,7 +58,8 @@ class EngineBuild:
 
     engine: None where none could be built; `reason` then says why, and `manifest` is what the device
         builds from. warnings: of parser and builder. capabilities: chips an RTX engine was built for,
-    unavailable: those asked for that this SDK has no name for. seconds: of the whole build.
+    unavailable: those asked for that this SDK has no name for. int8_layers: modules whose product the
+        graph quantises, for the runner to look up in the engine. seconds: of the whole build.
     """
 
     manifest: Path
@@ -72,6 +74,7 @@ class EngineBuild:
     capabilities: tuple[str, ...] = ()
     unavailable: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    int8_layers: tuple[str, ...] = ()
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -89,6 +92,7 @@ class EngineBuild:
             "compute_capabilities": self.capabilities,
             "unavailable_capabilities": self.unavailable,
             "warnings": self.warnings,
+            "int8_layers": self.int8_layers,
             "commands": dict(self.commands),
             "seconds": round(self.seconds, 3),
         }
@@ -101,6 +105,19 @@ class BuildRequest:
     graph: Path
     input: GraphInput
     options: TensorRtOptions
+    int8_layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The keys of the JSON that a build needs."""
+
+    schema: Literal["vit-export.tensorrt/1"]
+    graph: str
+    graph_sha256: str
+    input: GraphInput
+    options: TensorRtOptions
+    int8_layers: tuple[str, ...] = ()
 
 
 def manifest_path(graph: Path) -> Path:
@@ -115,22 +132,15 @@ def read_request(manifest: Path) -> BuildRequest:
     would lie outside the manifest's folder.
     """
     try:
-        data = json.loads(manifest.read_text())
-        graph = manifest.parent / data["graph"]
-        source, options = data["input"], data["options"]
-        request = BuildRequest(
-            graph,
-            GraphInput(source["name"], tuple(source["size"]), source["batch"]),
-            TensorRtOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}),
-        )
-        expected = data["graph_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = msgspec.json.decode(manifest.read_bytes(), type=_Stored)
+    except (OSError, msgspec.MsgspecError) as error:
         raise InputError(f"{manifest} is not a TensorRT manifest ({error})") from error
-    if graph.name != data["graph"]:
-        raise UntrustedInput(f"{manifest} names a graph outside its folder: {data['graph']}")
-    if not graph.is_file() or sha256(graph) != expected:
+    graph = manifest.parent / stored.graph
+    if graph.name != stored.graph:
+        raise UntrustedInput(f"{manifest} names a graph outside its folder: {stored.graph}")
+    if not graph.is_file() or sha256(graph) != stored.graph_sha256:
         raise InputError(f"{graph} is not the graph {manifest.name} was written for", "copy the folder again")
-    return request
+    return BuildRequest(graph, stored.input, stored.options, stored.int8_layers)
 
 
 def sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 import numpy as np
 
-from vit_export.artifacts import Images, Latency, Logits
+from vit_export.artifacts import Images, Latency, Logits, Runnable
 from vit_export.errors import InputError, MissingExtra, RunnerError
 from vit_export.runtime.latency import summarize
 from vit_export.runtime.runner import Runner, Signature
@@ -67,6 +68,10 @@ class TensorRTRunner(Runner):
     package: ClassVar[str] = "tensorrt"
     extra: ClassVar[str] = "tensorrt"
 
+    def __init__(self, runnable: Runnable) -> None:
+        super().__init__(runnable)
+        self._stack = ExitStack()
+
     @property
     def version(self) -> str:
         """`tensorrt 10.3.0` or `tensorrt_rtx 1.7.1.116`, as the SDK states it."""
@@ -87,7 +92,8 @@ class TensorRTRunner(Runner):
                 f"it was built by {manifest.get('version') or 'another version'} or for another GPU; "
                 "build it here: vit-export verify on this folder",
             )
-        self._session = TensorRTSession(trt, engine, self._cuda, graphs=options.cuda_graphs).__enter__()
+        session = TensorRTSession(trt, engine, self._cuda, graphs=options.cuda_graphs)
+        self._session = self._stack.enter_context(session)
         shape = self._session.shape
         return Signature(shape.image_size, None if shape.dynamic else shape.batches[0], shape.input_name)
 
@@ -143,19 +149,17 @@ class TensorRTRunner(Runner):
         )
 
     def _close(self) -> None:
-        session = getattr(self, "_session", None)
-        if session is not None:
-            session.__exit__(None, None, None)
-        self._session = self._engine = self._runtime = None
+        self._stack.close()
+        self._engine = self._runtime = None
 
 
 def _latency(calls: list[CallTimes], part: str) -> Latency:
     return summarize(np.asarray([getattr(call, part) * 1e6 for call in calls], np.int64))
 
 
-def _manifest(engine: Path) -> Mapping[str, Any]:
+def _manifest(artifact: Path) -> Mapping[str, Any]:
     """The `.trt.json` beside an engine, {} without one. Raises InputError if it is not JSON."""
-    path = engine.with_suffix(".trt.json")
+    path = artifact.with_suffix(".trt.json")
     if not path.is_file():
         return {}
     try:

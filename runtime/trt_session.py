@@ -176,8 +176,14 @@ class TensorRTSession:
         handed_over = time.perf_counter()
         self._collect(len(images))
         done = time.perf_counter()
-        parts = [self._cuda.elapsed_ms(a, b) for a, b in zip(self._events, self._events[1:], strict=False)]
-        return CallTimes(*parts, enqueue=(handed_over - began) * 1e3, host=(done - began) * 1e3)
+        start, copied, computed, end = self._events
+        return CallTimes(
+            to_device=self._cuda.elapsed_ms(start, copied),
+            compute=self._cuda.elapsed_ms(copied, computed),
+            to_host=self._cuda.elapsed_ms(computed, end),
+            enqueue=(handed_over - began) * 1e3,
+            host=(done - began) * 1e3,
+        )
 
     def _enqueue(self, images: Images, *, timed: bool) -> None:
         cuda, stream, batch = self._cuda, self._stream, len(images)

@@ -24,7 +24,13 @@ from vit_export.export.trt_sdk import NoDevice, Sdk, load
 _COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 
 
-def build_engine(graph: Path, source: GraphInput, options: TensorRtOptions | None = None) -> EngineBuild:
+def build_engine(
+    graph: Path,
+    source: GraphInput,
+    options: TensorRtOptions | None = None,
+    *,
+    int8_layers: tuple[str, ...] = (),
+) -> EngineBuild:
     """Build an ONNX graph (one input, one output) to `.engine` beside it, with a `.trt.json` manifest.
 
     Without TensorRT, or with TensorRT but without a GPU, the manifest alone is written and its `reason`
@@ -34,11 +40,11 @@ def build_engine(graph: Path, source: GraphInput, options: TensorRtOptions | Non
     options = options or TensorRtOptions()
     if not graph.is_file():
         raise InputError(f"{graph} is not a file")
-    engine = graph.with_suffix(".engine")
-    build = EngineBuild(manifest_path(graph), graph, source, options)
+    target = graph.with_suffix(".engine")
+    build = EngineBuild(manifest_path(graph), graph, source, options, int8_layers=int8_layers)
     started = time.perf_counter()
     try:
-        build = _build(load(options.flavor), build, engine)
+        build = _build(load(options.flavor), build, target)
     except MissingExtra as error:
         if options.flavor == "rtx":
             raise
@@ -46,23 +52,24 @@ def build_engine(graph: Path, source: GraphInput, options: TensorRtOptions | Non
     except NoDevice as error:
         build = replace(build, reason=f"{error.message}; {_on_device(build)}")
     chips = build.capabilities or RTX_CAPABILITIES
-    lines = commands(graph, engine, source, options, chips)
+    lines = commands(graph, target, source, options, chips)
     build = replace(build, commands=lines, seconds=time.perf_counter() - started)
-    _write_whole(build.manifest, json.dumps(build.as_json(), indent=1).encode())
+    _write_whole(build.manifest, json.dumps(build.as_json(), indent=1).encode() + b"\n")
     return build
 
 
 def rebuild(manifest: Path, flavor: FlavorName = "auto") -> EngineBuild:
     """Build on this machine what another could only prepare (or built for other chips)."""
     request = read_request(manifest)
-    return build_engine(request.graph, request.input, replace(request.options, flavor=flavor))
+    options = replace(request.options, flavor=flavor)
+    return build_engine(request.graph, request.input, options, int8_layers=request.int8_layers)
 
 
 def _on_device(build: EngineBuild) -> str:
     return f"vit-export verify {build.graph.parent} builds and runs it on the device"
 
 
-def _build(sdk: Sdk, build: EngineBuild, engine: Path) -> EngineBuild:
+def _build(sdk: Sdk, build: EngineBuild, target: Path) -> EngineBuild:
     """Parse, configure, build and save; every SDK object dies with this frame."""
     trt, options = sdk.trt, build.options
     sdk.messages.clear()
@@ -77,19 +84,19 @@ def _build(sdk: Sdk, build: EngineBuild, engine: Path) -> EngineBuild:
     _configure(sdk, builder, config, options)
     _set_profile(builder, network, config, build)
     taken, unavailable = _set_capabilities(sdk, config, options)
-    cache = engine.with_suffix(".timing") if options.timing_cache and sdk.flavor.name != "rtx" else None
+    cache = target.with_suffix(".timing") if options.timing_cache and sdk.flavor.name != "rtx" else None
     if cache is not None:
         _load_timing_cache(config, cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         said = next(iter(sdk.texts("ERROR", "INTERNAL_ERROR")), "it gave no reason")
         raise explain(said, operator="", node="", graph=build.graph, product=sdk.product)
-    _write_whole(engine, plan)
+    _write_whole(target, plan)
     if cache is not None:
         _write_whole(cache, config.get_timing_cache().serialize())
     return replace(
         build,
-        engine=engine,
+        engine=target,
         module=sdk.flavor.module,
         version=sdk.version,
         capabilities=taken,
@@ -118,7 +125,7 @@ def _compatibility(sdk: Sdk, builder: Any, config: Any, options: TensorRtOptions
     if level is None:
         raise UsageError(
             f"{sdk.product} {sdk.version} has no hardware compatibility '{options.compatibility}'",
-            "ask for ampere+, or use TensorRT 10.8 or later",
+            "ask for ampere+, or use TensorRT 10.9 or later",
         )
     config.hardware_compatibility_level = level
 
