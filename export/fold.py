@@ -1,0 +1,159 @@
+"""Rewrites that leave the numbers alone and the graph smaller; one function each, run in FOLDS' order.
+
+Every pass takes an Edit and changes it in place. tests/export/test_fold.py proves each on random inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from vit_export.export.graph import Edit, aten, module_path, sole_user
+
+_NO_OPS = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+    aten._assert_tensor_metadata.default,
+    aten._assert_async.msg,
+)
+_CASTS = (aten.to.dtype, aten.type_as.default, aten._to_copy.default)
+_RANDOM = (aten.rand.default, aten.randn.default, aten.rand_like.default, aten.bernoulli.p)
+
+
+def drop_no_ops(edit: Edit) -> None:
+    """Remove dropout, alias, detach, contiguous, assertions, empty padding and casts to the same type.
+
+    A view becomes a reshape, which does not depend on the strides that `contiguous` set.
+    """
+    for node in edit.nodes(aten.view.default, aten._unsafe_view.default):
+        node.target = aten.reshape.default
+    for node in edit.nodes(*_NO_OPS, aten.pad.default, *_CASTS):
+        source = node.args[0]
+        if node.target is aten.pad.default and any(node.args[1]):  # type: ignore[arg-type]
+            continue
+        if node.target in _CASTS and _dtype(node) is not _dtype(source):
+            continue
+        if node.users:
+            edit.bypass(node, source)  # type: ignore[arg-type]
+        else:
+            edit.graph.erase_node(node)
+
+
+def _dtype(node: object) -> object:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value.dtype if isinstance(value, Tensor) else node
+
+
+def fold_constants(edit: Edit) -> None:
+    """Evaluate what depends on parameters alone: bias tables, joined biases, rotary tables.
+
+    Only the last node of a constant chain becomes a tensor; it is named after its module and operator.
+    """
+    known: dict[Node, Tensor | tuple[Tensor, ...]] = {}
+    for node in list(edit.graph.nodes):
+        value = _evaluate(edit, node, known)
+        if value is not None:
+            known[node] = value
+    for node, value in known.items():
+        if node.op == "get_attr" or not isinstance(value, Tensor) or all(u in known for u in node.users):
+            continue
+        path = module_path(node)
+        name = f"{path}.{node.name}" if path else node.name
+        node.replace_all_uses_with(edit.constant(name.replace(" ", "_"), value, node))
+    for node in reversed(known):  # explicitly: in-place operators are never dead to fx
+        if not node.users:
+            edit.graph.erase_node(node)
+
+
+def _evaluate(edit: Edit, node: Node, known: dict[Node, Tensor | tuple[Tensor, ...]]) -> object:
+    if node.op == "get_attr":
+        return edit.tensor(node)
+    inputs = node.all_input_nodes
+    if node.op != "call_function" or node.target in _RANDOM or any(i not in known for i in inputs):
+        return None
+    if not inputs and not _makes_tensor(node):
+        return None
+    with torch.no_grad():
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+        value = node.target(*args, **kwargs)
+    return value if isinstance(value, Tensor | tuple | list) else None
+
+
+def _makes_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def fold_batch_norm(edit: Edit) -> None:
+    """Fold BatchNorm in inference into the convolution before it."""
+    for norm in edit.nodes(aten.batch_norm.default):
+        conv = norm.args[0]
+        if not isinstance(conv, Node) or conv.target is not aten.conv2d.default or sole_user(conv) is None:
+            continue
+        weight, bias = edit.tensor(conv.args[1]), edit.tensor(_arg(conv, 2))
+        gamma, beta, mean, var = (edit.tensor(_arg(norm, i)) for i in range(1, 5))
+        if weight is None or mean is None or var is None:
+            continue
+        factor = torch.rsqrt(var + float(norm.args[7]))  # type: ignore[arg-type]
+        factor = factor if gamma is None else factor * gamma
+        shift = -mean * factor if beta is None else beta - mean * factor
+        _scale_outputs(edit, conv, factor, shift if bias is None else bias * factor + shift)
+        edit.bypass(norm, conv)
+
+
+def fold_layer_scale(edit: Edit) -> None:
+    """Fold a per-channel factor on the output of a linear (LayerScale) into its weight and bias."""
+    for mul in edit.nodes(aten.mul.Tensor):
+        for linear, other in (mul.args, mul.args[::-1]):
+            factor = edit.tensor(other)
+            if factor is None or not isinstance(linear, Node) or linear.target is not aten.linear.default:
+                continue
+            weight, bias = edit.tensor(linear.args[1]), edit.tensor(_arg(linear, 2))
+            if weight is None or sole_user(linear) is None or factor.numel() != weight.shape[0]:
+                continue
+            if factor.shape[-1] != weight.shape[0]:  # broadcast along another axis than the channels
+                continue
+            factor = factor.reshape(-1)
+            _scale_outputs(edit, linear, factor, None if bias is None else bias * factor)
+            edit.bypass(mul, linear)
+            break
+
+
+def _scale_outputs(edit: Edit, node: Node, factor: Tensor, bias: Tensor | None) -> None:
+    """Multiply the output channels of a linear or convolution and set its bias; shared weights are split."""
+    weight = edit.tensor(node.args[1])
+    assert weight is not None and isinstance(node.args[1], Node)
+    scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    _set_constant(edit, node, 1, str(node.args[1].target), scaled)
+    if bias is not None:
+        old = _arg(node, 2)
+        name = str(old.target) if isinstance(old, Node) else f"{_stem(str(node.args[1].target))}bias"
+        _set_constant(edit, node, 2, name, bias)
+
+
+def _set_constant(edit: Edit, node: Node, index: int, name: str, value: Tensor) -> None:
+    old = _arg(node, index)
+    shared = sum(n.op == "get_attr" and n.target == name for n in edit.graph.nodes) > 1
+    if isinstance(old, Node) and len(old.users) == 1 and not shared:
+        edit.replace_tensor(old, value)
+        return
+    new = edit.constant(name, value, node)
+    node.args = (*node.args[:index], new, *node.args[index + 1 :])
+
+
+def _stem(weight: str) -> str:
+    return weight.removesuffix("weight") if weight.endswith("weight") else f"{weight}_"
+
+
+def _arg(node: Node, index: int) -> object:
+    return node.args[index] if len(node.args) > index else None
+
+
+FOLDS: tuple[Callable[[Edit], None], ...] = (drop_no_ops, fold_constants, fold_batch_norm, fold_layer_scale)
