@@ -129,7 +129,7 @@ def _quota() -> int:
 @cache
 def _sysctl() -> dict[str, str]:
     """macOS's `sysctl` values of the processor; empty elsewhere."""
-    if sys.platform != "darwin":
+    if platform.system() != "Darwin":
         return {}
     command = ["/usr/sbin/sysctl", "hw", "machdep.cpu"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout

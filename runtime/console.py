@@ -1,0 +1,60 @@
+"""Tables for the terminal. They fit 80 columns; colour follows rich, so NO_COLOR and pipes turn it off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from vit_export.runtime.report_cells import HEADERS, printable, rows, status, why
+from vit_export.runtime.report_schema import Report
+
+STYLES = {"ship": "green", "hold": "red", "failed": "red", "not run": "yellow", "baseline": "dim"}
+
+
+def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console:
+    """A console that prints what it is given: no markup, no emoji, no guessed highlighting."""
+    return Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The table of results, then each verdict with its reason in words."""
+    console.print(result_table(report))
+    console.print()
+    for result in report.results:
+        verdict = status(result)
+        console.print(Text.assemble(printable(result.name), " ", (verdict, STYLES.get(verdict, ""))))
+        console.print(Padding(Text(why(result)), (0, 0, 0, 2)))
+
+
+def result_table(report: Report) -> Table:
+    """Baseline first, then artifacts; see report_cells.HEADERS. ~ marks an unstable latency."""
+    table = _table(HEADERS)
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for row in rows(report):
+        *cells, verdict = (printable(cell) for cell in row.cells)
+        stacked = (Text(cell.replace(" [", "\n[")) for cell in cells)  # the interval under the drop
+        table.add_row(*stacked, Text(verdict, STYLES.get(row.status, "")))
+    return table
+
+
+def plain_table(headers: Sequence[str], body: Iterable[Sequence[str]], title: str = "") -> Table:
+    """A left-aligned table of text, for lists such as `models` and `doctor`."""
+    table = _table(headers)
+    table.title, table.title_justify = title or None, "left"
+    for cells in body:
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _table(headers: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table

@@ -1,0 +1,95 @@
+"""report.md: the table, the verdicts in words, and what is needed to do it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from vit_export.runtime.report_cells import HEADERS, megabytes, number, printable, rows, status, why
+from vit_export.runtime.report_schema import EvalData, Report
+
+_ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\`*|"}}
+
+
+def render(report: Report) -> bytes:
+    """The report as GitHub-flavoured Markdown, UTF-8."""
+    sections = [_head(report), _verdicts(report), _data(report), _environment(report)]
+    return ("\n\n".join("\n".join(lines) for lines in sections) + "\n").encode()
+
+
+def table(headers: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a Markdown table, cells escaped; all columns but the first are right-aligned."""
+    yield _line(headers)
+    yield _line([":--", *["--:"] * (len(headers) - 1)])
+    yield from (_line([escape(cell) for cell in cells]) for cells in body)
+
+
+def escape(text: str) -> str:
+    """Text that Markdown and HTML show as it is, in one line."""
+    safe = "".join(_ESCAPES.get(letter, letter) for letter in printable(text))
+    return " ".join(safe.replace("](", "]\\(").split())
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _head(report: Report) -> Iterator[str]:
+    model = report.model
+    yield f"# vit-export: {escape(model.spec)}"
+    yield ""
+    yield _facts(
+        f"{escape(model.family)}, {model.parameters / 1e6:.2f} M parameters",
+        f"{model.macs / 1e9:.2f} GMAC" if model.macs else "",
+        f"made {report.created:%Y-%m-%d %H:%M %Z}",
+    )
+    yield ""
+    yield from table(HEADERS, (row.cells for row in rows(report)))
+
+
+def _verdicts(report: Report) -> Iterator[str]:
+    yield "## Verdicts"
+    yield ""
+    for result in report.results:
+        yield f"- **{escape(result.name)}**: {status(result)}: {escape(why(result))}"
+        for gate in result.gates:
+            state = {True: "passed", False: "failed", None: "undecided"}[gate.passed]
+            value = "-" if gate.value is None else f"{gate.value:g}"
+            yield f"  - {escape(gate.rule)}: {value}, limit {gate.limit:g}: {state}"
+        for loss in result.stages:
+            sqnr = "no error" if loss.sqnr_db is None else f"{loss.sqnr_db:.1f} dB"
+            yield f"  - stage {escape(loss.stage)}: {sqnr}, agreement {number(loss.agreement, '.3f')}"
+        if result.kept_float:
+            yield f"  - kept float: {escape(', '.join(result.kept_float))}"
+
+
+def _data(report: Report) -> Iterator[str]:
+    yield "## Images"
+    yield ""
+    for name, data in (("calibration", report.data.calib), ("evaluation", report.data.eval)):
+        if data is not None:
+            labels = "labelled" if isinstance(data, EvalData) and data.labels else ""
+            skipped = f"{data.skipped} unreadable" if data.skipped else ""
+            yield f"- {name}: {_facts(f'{data.images} images', labels, skipped, escape(data.path))}"
+    contract = report.model.preprocessing
+    yield (
+        f"- preprocessing: {contract.interpolation} to {contract.size[0]}x{contract.size[1]}, "
+        f"{contract.crop_mode} crop {contract.crop_pct:g}, mean {contract.mean}, std {contract.std}"
+    )
+
+
+def _environment(report: Report) -> Iterator[str]:
+    env = report.environment
+    yield "## Environment"
+    yield ""
+    features = " ".join(env.cpu_features)
+    yield f"- {_facts(escape(env.cpu), f'{env.cores} cores', f'{env.threads} threads', features)}"
+    yield f"- {_facts(escape(env.os), f'Python {env.python}', f'{megabytes(env.memory_bytes)} MB of memory')}"
+    yield f"- {_facts(*(f'{name} {version}' for name, version in env.versions.items()))}"
+    yield ""
+    yield "```"
+    yield report.command.replace("```", "'''")
+    yield "```"
+
+
+def _facts(*facts: str) -> str:
+    return ", ".join(fact for fact in facts if fact)
