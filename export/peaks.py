@@ -1,0 +1,73 @@
+"""The largest absolute value of every float tensor of an ONNX graph over some images.
+
+One number a tensor, reduced inside the graph, so that memory does not grow with the network: an `Abs`
+and a `ReduceMax` beside each tensor, run by ONNX Runtime without graph optimisation. What it is for:
+finding where FP16 overflows, and symmetric min-max scales for products of two activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_ir as ir
+
+from vit_export.artifacts import Images
+from vit_export.errors import MissingExtra, NumericsError
+
+_SUFFIX = "/vit_export.peak"
+
+
+def measure_peaks(graph: Path, batches: Iterable[Images], threads: int = 0) -> Mapping[str, float]:
+    """max |x| by tensor name over all `batches` (float32 NCHW), graph inputs and constants excluded.
+
+    Raises NumericsError naming the first tensor that was NaN or Inf, MissingExtra without ONNX Runtime.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingExtra("onnxruntime", "onnxruntime") from error
+    model = ir.load(graph)
+    source = model.graph.inputs[0].name
+    names = _watch(model.graph)
+    with TemporaryDirectory() as folder:
+        watched = Path(folder) / "watched.onnx"
+        ir.save(model, watched, external_data="watched.data")
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads
+        session = ort.InferenceSession(str(watched), options, providers=["CPUExecutionProvider"])
+        peaks = np.zeros(len(names), np.float32)
+        for images in batches:
+            seen = np.asarray(session.run([name + _SUFFIX for name in names], {source: images}))
+            _check_finite(names, seen)
+            peaks = np.maximum(peaks, seen)
+    return dict(zip(names, peaks.tolist(), strict=True))
+
+
+def _watch(graph: ir.Graph) -> list[str]:
+    """Add a peak output for every float tensor a node produces; their names in execution order."""
+    names = []
+    for node in list(graph):
+        for value in node.outputs:
+            if value.dtype != ir.DataType.FLOAT or value.name is None:
+                continue
+            size = ir.node("Abs", [value])
+            peak = ir.node("ReduceMax", [size.outputs[0]], attributes={"keepdims": 0})
+            peak.outputs[0].name = value.name + _SUFFIX
+            peak.outputs[0].dtype, peak.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+            graph.insert_after(node, [size, peak])
+            graph.outputs.append(peak.outputs[0])
+            names.append(value.name)
+    return names
+
+
+def _check_finite(names: list[str], seen: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> None:
+    bad = np.flatnonzero(~np.isfinite(seen))
+    if len(bad):
+        raise NumericsError(
+            f"{names[bad[0]]} is NaN or Inf in FP32",
+            "the model or its input is broken before any conversion; check the checkpoint and --mean, --std",
+        )
