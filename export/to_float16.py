@@ -30,17 +30,11 @@ _SMALLEST_SCALE = 2.0**-20  # below, float16 keeps a scale to worse than 3 %
 
 # Inputs that the operator's definition keeps float32 whatever its data is.
 _FLOAT_INPUTS: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2), "Upsample": (1,)}
-# Operators that add up many numbers: their sum overflows before their inputs do.
-_SUMS = ("ReduceSum", "ReduceMean", "GlobalAveragePool", "ReduceL1")
-_SQUARES = (
-    "LayerNormalization",
-    "InstanceNormalization",
-    "GroupNormalization",
-    "ReduceL2",
-    "ReduceSumSquare",
-)
-# Operators for which a constant beyond float16 means "no limit" or "masked".
+# Operators whose sum, or sum of squares, overflows before their inputs do.
+_SUMS = ("ReduceSum", "ReduceMean", "ReduceL1", "GlobalAveragePool")
+_SQUARES = ("LayerNormalization", "InstanceNormalization", "GroupNormalization", "ReduceL2")
 _SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+# Operators for which a constant beyond float16 means "no limit" or "masked".
 _SATURATING = ("Add", "Where", "Clip", "Max", "Min")
 
 
@@ -98,7 +92,7 @@ def _islands(
 
 
 def _asked(node: ir.Node, keep: Sequence[str]) -> str:
-        """Whether a glob of the user's names the node (`blocks.3.attn.proj/MatMul`) or its module."""
+    """Whether a glob of the user's names the node (`blocks.3.attn.proj/MatMul`) or its module."""
     name = node.name or ""
     names = (name, name.rpartition("/")[0])
     return next((f"asked for by {p}" for p in keep if any(fnmatch.fnmatch(n, p) for n in names)), "")
@@ -226,7 +220,7 @@ class _Conversion:
         data = value.const_value.numpy()
         if (np.abs(data) > HALF_MAX).any():
             self._saturated.append(value.name or "?")
-                half: npt.NDArray[np.float16] = np.clip(data, -HALF_MAX, HALF_MAX).astype(np.float16)
+        half: npt.NDArray[np.float16] = np.clip(data, -HALF_MAX, HALF_MAX).astype(np.float16)
         return half
 
     def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
