@@ -81,10 +81,10 @@ def _unwrap(content: Mapping[str, Any], path: Path) -> tuple[State, tuple[str, .
         key = next((k for k in CONTAINERS if isinstance(content.get(k), Mapping)), None)
         if key is None:
             raise CheckpointError(
-                f"{path} holds no tensors under its keys: {_some([str(k) for k in content])}",
+                f"{path} holds no tensors under its keys: {some([str(k) for k in content])}",
                 f"the weights are looked for at the top and under {', '.join(CONTAINERS)}",
             )
-        notes.append(f"checkpoint: took {key!r} of {_some([str(k) for k in content])}")
+        notes.append(f"checkpoint: took {key!r} of {some([str(k) for k in content])}")
         content = content[key]
     return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}, tuple(notes)
 
@@ -118,7 +118,7 @@ def _require_match(module: nn.Module, state: State, path: Path) -> None:
     if not (missing or unexpected or shapes):
         return
     parts = {"missing": missing, "not in the model": unexpected, "of another shape": sorted(shapes)}
-    listed = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in parts.items() if names)
+    listed = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in parts.items() if names)
     raise CheckpointError(f"{path.name} does not fit {type(module).__name__}: {listed}", _hint(own, state))
 
 
@@ -132,7 +132,8 @@ def _hint(own: Mapping[str, Tensor], state: State) -> str:
     return "is it the checkpoint of this model? --model must name the same architecture"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few names and how many more there are."""
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 

@@ -16,18 +16,18 @@ _PROBE_SECONDS = 5.0
 
 
 @contextmanager
-def downloading(what: str, wanted: bool = True) -> Iterator[None]:
+def downloading(what: str, wanted: bool = True, host: str | None = None) -> Iterator[None]:
     """Around a call that may download: offline, only the cache is asked, and failure says what to do.
 
-    `wanted` False leaves the call alone. The hub's client retries for a minute when a name does not
-    resolve, hence the probe.
+    `wanted` False leaves the call alone. host: where from, the Hugging Face hub if None. The hub's client
+    retries for a minute when a name does not resolve, hence the probe.
 
     Raises InputError naming `what` when it can be had neither from the network nor from the cache.
     """
     if not wanted:
         yield
         return
-    online, before = _online(), constants.HF_HUB_OFFLINE
+    online, before = _online(host), constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not online
     try:
         yield
@@ -44,11 +44,11 @@ def downloading(what: str, wanted: bool = True) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _online() -> bool:
-    """Whether the hub answers; behind a proxy its name need not resolve here, so assume it does."""
+def _online(host: str | None) -> bool:
+    """Whether the host answers; behind a proxy its name need not resolve here, so assume it does."""
     if getproxies():
         return True
-    address = urlsplit(constants.ENDPOINT)
+    address = urlsplit(f"https://{host}" if host else constants.ENDPOINT)
     try:
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=_PROBE_SECONDS).close()

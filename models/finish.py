@@ -13,6 +13,8 @@ from vit_export.models import resizers
 from vit_export.models.config import AdaptConfig, LoadOptions
 from vit_export.models.output import Choice, select_output
 
+RANDOM_WEIGHTS = "random weights: neither --pretrained nor --checkpoint was given"
+
 
 def finish(
     module: nn.Module,

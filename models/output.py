@@ -25,6 +25,7 @@ EMBEDDINGS = (
     "features", "last_hidden_state",
 )  # fmt: skip
 Pool = Literal["", "class token", "mean of tokens", "mean of pixels"]
+_NOT_OUTPUTS = ("mask", "loss", "ids_restore", "attentions", "hidden_states", "reshaped_hidden_states")
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_pos")
 
 
@@ -122,7 +123,8 @@ def _tensors(result: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
             yield path, result
     elif isinstance(result, Mapping):
         for key, value in result.items():
-            yield from _tensors(value, (*path, key))
+            if key not in _NOT_OUTPUTS:
+                yield from _tensors(value, (*path, key))
     elif is_dataclass(result):
         for item in fields(result):
             yield from _tensors(getattr(result, item.name), (*path, item.name))

@@ -25,6 +25,21 @@ RESIZERS: Mapping[str, str] = {
     "timm.models.swin_transformer.SwinTransformer": "timm_resize:TimmSwin",
     "timm.models.swin_transformer_v2.SwinTransformerV2": "timm_resize:TimmSwin",
     "timm.models.pvt_v2.PyramidVisionTransformerV2": "timm_resize:TimmFree",
+    "torchvision.models.vision_transformer.VisionTransformer": "torchvision_resize:TorchvisionVit",
+    "torchvision.models.swin_transformer.SwinTransformer": "torchvision_resize:TorchvisionSwin",
+    "transformers.models.vit.modeling_vit.ViTEmbeddings": "hf_resize:HfTable",
+    "transformers.models.deit.modeling_deit.DeiTEmbeddings": "hf_resize:HfTable",
+    "transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings": "hf_resize:HfTable",
+    "transformers.models.vit_msn.modeling_vit_msn.ViTMSNEmbeddings": "hf_resize:HfTable",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Embeddings": "hf_resize:HfTable",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+    ".Dinov2WithRegistersEmbeddings": "hf_resize:HfTable",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTRopePositionEmbedding": "hf_resize:HfRotary",
+    "transformers.models.pvt.modeling_pvt.PvtEncoder": "hf_resize:HfPvt",
+    "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2Model": "hf_resize:HfPvt2",
+    "transformers.models.swin.modeling_swin.SwinModel": "hf_swin:HfSwin",
+    "transformers.models.swinv2.modeling_swinv2.Swinv2Model": "hf_swin:HfSwin",
+    "transformers.models.beit.modeling_beit.BeitModel": "hf_beit:HfBeit",
 }
 # Any class of timm that can set its own input size.
 _TIMM = "timm_resize:TimmSized"

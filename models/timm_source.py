@@ -13,7 +13,7 @@ from vit_export.errors import UsageError
 from vit_export.models.checkpoint import load_checkpoint
 from vit_export.models.config import LoadOptions
 from vit_export.models.download import downloading
-from vit_export.models.finish import finish
+from vit_export.models.finish import RANDOM_WEIGHTS, finish
 
 
 def load(name: str, options: LoadOptions) -> LoadedModel:
@@ -27,7 +27,7 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
     classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
     with downloading(f"the weights of timm:{name}", options.pretrained):
         module = timm.create_model(name, pretrained=options.pretrained, **classes)
-    notes = load_checkpoint(module, options.checkpoint) if options.checkpoint else ()
+    notes = load_checkpoint(module, options.checkpoint) if options.checkpoint else _origin(module, options)
     return finish(
         module,
         family=type(module).__module__.rsplit(".", 1)[-1],
@@ -49,6 +49,15 @@ def preprocessing_of(module: nn.Module) -> Preprocessing:
         crop_pct=float(data["crop_pct"]),
         crop_mode=CropMode.SQUASH if data["crop_mode"] == "squash" else CropMode.CENTER,
     )
+
+
+def _origin(module: nn.Module, options: LoadOptions) -> tuple[str, ...]:
+    if not options.pretrained:
+        return (RANDOM_WEIGHTS,)
+    native: dict[str, Any] = getattr(module, "pretrained_cfg", {})
+    if options.num_classes in (None, 0, native.get("num_classes")):
+        return ()
+    return (f"the classifier of {options.num_classes} classes has random weights",)
 
 
 def _closest(name: str) -> str:

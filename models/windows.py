@@ -1,0 +1,30 @@
+"""Swin windows that keep their size (transformers, torchvision), as both libraries' forward does.
+
+A stage smaller than the window attends over all of itself: the window shrinks, and its biases are the
+learned ones of the same offsets. Only the index into the table changes, so nothing is interpolated.
+Stages that are no multiple of the window are padded by the library's forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vit_export.artifacts import Size
+
+
+def relative_index(window: Size, table: Size) -> Tensor:
+    """Rows of a relative position table for every pair of tokens in a window: int64 [h*w, h*w].
+
+    table: the window the table was made for, at least as large; its rows are ordered by (dy, dx) from
+    (-(H-1), -(W-1)) to (H-1, W-1) (Liu et al. 2021, section 3.2).
+    """
+    y, x = torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij")
+    dy = y.flatten()[:, None] - y.flatten()[None, :] + table[0] - 1
+    dx = x.flatten()[:, None] - x.flatten()[None, :] + table[1] - 1
+    return dy * (2 * table[1] - 1) + dx
+
+
+def shrink(window: Size, stage: Size) -> Size:
+    """The window in a stage of that many tokens."""
+    return min(window[0], stage[0]), min(window[1], stage[1])
