@@ -1,0 +1,1 @@
+"""Stands in for cuda-bindings' package where there is no GPU."""
