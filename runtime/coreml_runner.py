@@ -19,7 +19,7 @@ from vit_export.artifacts import Images, Logits, Preprocessing, Runnable
 from vit_export.errors import InputError, RunnerError, UntrustedInput
 from vit_export.runtime.coreml_device import AppleModel
 from vit_export.runtime.coreml_interpreter import Interpreter
-from vit_export.runtime.mil_program import Feature, Package, import_coremltools
+from vit_export.runtime.mil_program import Feature, Package
 from vit_export.runtime.runner import Runner, Signature
 
 REFERENCE = "reference interpreter, not Apple's runtime"
@@ -80,7 +80,6 @@ class CoreMLRunner(Runner):
         return self._options(CoreMLOptions)
 
     def _open(self) -> Signature:
-        import_coremltools()
         try:
             return self._read()
         except UntrustedInput:

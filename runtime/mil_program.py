@@ -7,12 +7,15 @@ converter's in-memory program is involved: what is run here is what a device wou
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from vit_export.errors import InputError, MissingExtra, UnsupportedOperator, Unt
 from vit_export.runtime.mil_weights import Array, WeightFile, element_type, file_digest, unpack
 
 DIGEST_KEY = "vit_export.sha256."  # + name of a weight file: an entry of the user-defined metadata
+_SCHEMA = "vit_export_coreml_schema"
 _COLORS = {20: "RGB", 30: "BGR"}  # ImageFeatureType.ColorSpace
 Value = Array | str | list[Any]
 
@@ -218,8 +222,19 @@ def _parse(file: Path) -> Any:
 
 
 def _protobuf() -> tuple[Any, type[Exception]]:
-    """An empty Model message and the error its parser raises."""
-    schema = import_coremltools("coremltools.proto.Model_pb2")
+    """An empty Model message and the error its parser raises.
+
+    coremltools' generated protobuf modules are imported under a name of ours, because importing
+    coremltools itself takes seconds and pulls in torch where that is installed; this takes 0.1 s.
+    """
+    found = importlib.util.find_spec("coremltools")
+    if found is None or not found.submodule_search_locations:
+        raise MissingExtra("coremltools", "coreml")
+    if _SCHEMA not in sys.modules:
+        package = ModuleType(_SCHEMA)
+        package.__path__ = [f"{folder}/proto" for folder in found.submodule_search_locations]
+        sys.modules[_SCHEMA] = package
+    schema = importlib.import_module(f"{_SCHEMA}.Model_pb2")
     return schema.Model(), importlib.import_module("google.protobuf.message").DecodeError
 
 
