@@ -220,13 +220,34 @@ class TargetProfile:
 
     activations: uint8 with any zero point, or int8 with zero point 0.
     attention: keep one fused attention operator, or decompose it.
+    convolutions: float where the runtime has no integer kernel with a float output.
     rest: float type of everything that is not quantised.
     """
 
     activations: Literal["asymmetric", "symmetric"]
     opset: int
     attention: Literal["fused", "decomposed"]
+    convolutions: Literal["int8", "float"] = "int8"
     rest: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """What a target is asked to make out of a program.
+
+    folder: exists, belongs to this artifact alone. batch_size: fixes the batch, None keeps it dynamic.
+    ranges: calibrated input ranges, where they are known. metadata: strings for the artifact's own
+    metadata. options: the target's own, as named on the command line.
+    """
+
+    precision: Precision
+    folder: Path
+    preprocessing: Preprocessing
+    opset: int | None = None
+    batch_size: int | None = None
+    ranges: Ranges | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

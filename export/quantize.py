@@ -71,8 +71,8 @@ def quantize(program: Program, plan: QuantPlan, profile: TargetProfile) -> Progr
     nodes = {node.name: node for node in edit.graph.nodes}
     shared: dict[tuple[Node, QParams], Node] = {}
     for layer_plan in plan.layers:
-        if layer_plan.quantized:
-            layer = by_name[layer_plan.name]
+        layer = by_name[layer_plan.name]
+        if layer_plan.quantized and not (layer.kind == "conv" and profile.convolutions == "float"):
             _quantize_layer(edit, nodes[layer.node], layer, layer_plan, profile, shared)
     return replace(program, graph=edit.build())
 

@@ -99,7 +99,7 @@ class EngineBuild:
 
 
 @dataclass(frozen=True, slots=True)
-class BuildRequest:
+class StoredBuild:
     """The part of a manifest that another machine builds from."""
 
     graph: Path
@@ -125,7 +125,7 @@ def manifest_path(graph: Path) -> Path:
     return graph.with_suffix(".trt.json")
 
 
-def read_request(manifest: Path) -> BuildRequest:
+def read_request(manifest: Path) -> StoredBuild:
     """Read a manifest and check that its graph is the one it was written for.
 
     Raises InputError when it is not a manifest or the graph differs, UntrustedInput when the graph
@@ -140,7 +140,7 @@ def read_request(manifest: Path) -> BuildRequest:
         raise UntrustedInput(f"{manifest} names a graph outside its folder: {stored.graph}")
     if not graph.is_file() or sha256(graph) != stored.graph_sha256:
         raise InputError(f"{graph} is not the graph {manifest.name} was written for", "copy the folder again")
-    return BuildRequest(graph, stored.input, stored.options, stored.int8_layers)
+    return StoredBuild(graph, stored.input, stored.options, stored.int8_layers)
 
 
 def sha256(path: Path) -> str:

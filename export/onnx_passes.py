@@ -1,0 +1,188 @@
+"""Rewrites of an exported ONNX graph; each keeps its numbers. Run in PASSES' order.
+
+Shapes in comments: B batch, N tokens, H heads, D channels a head, C = H * D.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def fold_weight_transposes(model: ir.Model) -> None:
+    """DequantizeLinear(W) → Transpose becomes DequantizeLinear(Wᵀ) with the axis moved.
+
+    ONNX Runtime fuses the pattern to an integer product only without the Transpose in between.
+    """
+    graph = model.graph
+    for node in list(graph):
+        source = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] else None
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        stored = constant(source.inputs[0])
+        if stored is None or stored.ndim != 2:
+            continue
+        weight = source.inputs[0]
+        assert weight is not None and weight.name is not None
+        name = f"{weight.name}.T"
+        if name not in graph.initializers:
+            add_initializer(model, name, np.ascontiguousarray(stored.T))
+        turned = ir.node(
+            "DequantizeLinear",
+            [graph.initializers[name], *source.inputs[1:]],
+            attributes={"axis": 1 - source.attributes.get_int("axis", 1)},
+            metadata_props=dict(node.metadata_props),
+        )
+        graph.insert_before(node, turned)
+        replace(node, turned.outputs[0])
+
+
+def merge_heads(model: ir.Model) -> None:
+    """Let Attention split heads itself: it takes [B, N, C] as well as [B, H, N, D].
+
+    Removes the Reshape and Transpose (and Slice, Squeeze for a joined qkv) around each Attention.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Attention" or len(node.outputs) != 1:
+            continue
+        merged = _merged_output(node)
+        sources = [_head_source(value) for value in node.inputs[:3]]
+        if merged is None or any(source is None for source in sources):
+            continue
+        heads = {source[1] for source in sources if source is not None}
+        values = [source[0] for source in sources if source is not None]
+        joined = [source[2] for source in sources if source is not None]
+        if len(heads) != 1:
+            continue
+        if all(value is values[0] for value in values) and joined == [0, 1, 2]:
+            split = ir.node("Split", [values[0]], attributes={"axis": -1, "num_outputs": 3}, num_outputs=3)
+            split.metadata_props.update(node.metadata_props)
+            model.graph.insert_before(node, split)
+            values = list(split.outputs)
+        elif joined != [None, None, None]:
+            continue
+        for index, value in enumerate(values):
+            node.replace_input_with(index, value)
+        count = heads.pop()
+        node.attributes.add(ir.AttrInt64("q_num_heads", count))
+        node.attributes.add(ir.AttrInt64("kv_num_heads", count))
+        node.outputs[0].shape = merged.shape
+        merged.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+
+
+def _head_source(value: ir.Value | None) -> tuple[ir.Value, int, int | None] | None:
+    """What is split into heads to give `value`: (tensor [B, N, C or 3C], heads, part of a joined qkv)."""
+    node = value.producer() if value is not None else None
+    part: int | None = None
+    if node is not None and node.op_type == "Squeeze" and _ints(node, 1) == [0]:
+        node = node.inputs[0].producer() if node.inputs[0] else None
+        if node is None or node.op_type != "Slice" or _ints(node, 3) != [0]:
+            return None
+        part = (_ints(node, 1) or [-1])[0]
+        node = node.inputs[0].producer() if node.inputs[0] else None
+    if node is None or node.op_type != "Transpose":
+        return None
+    wanted = [0, 2, 1, 3] if part is None else [2, 0, 3, 1, 4]
+    if list(node.attributes.get_ints("perm", ())) != wanted:
+        return None
+    reshape = node.inputs[0].producer() if node.inputs[0] else None
+    if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
+        return None
+    shape = reshape.outputs[0].shape
+    heads = shape[2 if part is None else 3] if shape is not None else None
+    return (reshape.inputs[0], heads, part) if isinstance(heads, int) else None
+
+
+def _merged_output(node: ir.Node) -> ir.Value | None:
+    """The [B, N, C] value made from an Attention's [B, H, N, D] by one Transpose and one Reshape."""
+    transpose = _only_user(node.outputs[0])
+    if transpose is None or transpose.op_type != "Transpose":
+        return None
+    reshape = _only_user(transpose.outputs[0])
+    if reshape is None or reshape.op_type != "Reshape":
+        return None
+    shape = reshape.outputs[0].shape
+    return reshape.outputs[0] if shape is not None and len(shape) == 3 else None
+
+
+def name_by_module(model: ir.Model) -> None:
+    """Name every node `module.path/Operator` and drop the exporter's traces of the build machine."""
+    seen: Counter[str] = Counter()
+    for node in model.graph:
+        path = _module_of(node)
+        stem = f"{path}/{node.op_type}" if path else node.op_type
+        seen[stem] += 1
+        node.name = stem if seen[stem] == 1 else f"{stem}_{seen[stem]}"
+        for index, value in enumerate(node.outputs):
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.name = f"{node.name}:{index}"
+        node.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _module_of(node: ir.Node) -> str:
+    scopes = node.metadata_props.get(_SCOPES)
+    if scopes is not None:
+        parts = ast.literal_eval(scopes)
+        return str(parts[-2]) if len(parts) > 1 else ""
+    users = [user.node for output in node.outputs for user in output.uses()]
+    return _module_of(users[0]) if len(users) == 1 else ""
+
+
+def constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
+    """The array of an initializer or Constant, or None."""
+    tensor = value.const_value if value is not None else None
+    if tensor is None and value is not None:
+        tensor = ir.convenience.get_const_tensor(value)
+    return tensor.numpy() if tensor is not None else None
+
+
+def add_initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """Add a named initializer and return its value."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    model.graph.register_initializer(value)
+    return value
+
+
+def replace(node: ir.Node, value: ir.Value) -> None:
+    """Let the users of a one-output node read `value`, and remove the node."""
+    value.shape, value.type = node.outputs[0].shape, node.outputs[0].type
+    node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+
+
+def _ints(node: ir.Node, index: int) -> Sequence[int] | None:
+    array = constant(node.inputs[index]) if len(node.inputs) > index else None
+    return None if array is None else [int(i) for i in array.reshape(-1)]
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Drop nodes and initializers that nothing reads."""
+    common.RemoveUnusedNodesPass()(model)
+
+
+PASSES: tuple[Callable[[ir.Model], None], ...] = (
+    fold_weight_transposes,
+    merge_heads,
+    remove_unused,
+    name_by_module,
+)

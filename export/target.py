@@ -1,0 +1,70 @@
+"""What every target is: a profile for each precision and a way to build one artifact."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vit_export.artifacts import BuildRequest, BuiltArtifact, Precision, Program, Runnable, TargetProfile
+from vit_export.errors import MissingExtra, TargetError, UsageError
+
+
+class Target(ABC):
+    """Builds artifacts for one kind of runtime. A subclass writes `profile`, `_build` and `runnable`.
+
+    name: as on the command line. package, extra: the import a build needs and our extra that installs it.
+    """
+
+    name: ClassVar[str]
+    package: ClassVar[str]
+    extra: ClassVar[str]
+    precisions: ClassVar[tuple[Precision, ...]] = tuple(Precision)
+
+    def require(self) -> None:
+        """Raise MissingExtra unless what a build needs is installed. Imports nothing."""
+        if importlib.util.find_spec(self.package) is None:
+            raise MissingExtra(self.package, self.extra)
+
+    @abstractmethod
+    def profile(self, precision: Precision, options: Mapping[str, Any]) -> TargetProfile:
+        """What this target accepts at this precision."""
+
+    def build(self, program: Program, request: BuildRequest) -> BuiltArtifact:
+        """Build from a program that is already quantised when the precision is int8.
+
+        Raises MissingExtra, UsageError (a precision the target does not have), TargetError (with its
+        subclasses) when the toolchain refuses the graph.
+        """
+        self.require()
+        if request.precision not in self.precisions:
+            raise UsageError(f"target {self.name} has no {request.precision} precision")
+        request.folder.mkdir(parents=True, exist_ok=True)
+        path, details = self._build(program, request)
+        if not path.exists():
+            raise TargetError(f"the {self.name} toolchain reported success but wrote no {path.name}")
+        return BuiltArtifact(
+            target=self.name,
+            precision=request.precision,
+            image_size=program.image_size,
+            path=path,
+            size_bytes=_size(path),
+            details=details,
+        )
+
+    @abstractmethod
+    def _build(self, program: Program, request: BuildRequest) -> tuple[Path, Mapping[str, Any]]:
+        """Write the artifact into request.folder; its path and facts for the report."""
+
+    @abstractmethod
+    def runnable(self, artifact: BuiltArtifact, threads: int) -> Runnable:
+        """How a worker opens the artifact."""
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file with its side files (`model.xml` + `model.bin`), or of a package folder."""
+    if path.is_dir():
+        return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    return sum(f.stat().st_size for f in path.parent.glob(f"{path.stem}.*") if f.is_file())
