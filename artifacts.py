@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
 Size = tuple[int, int]
@@ -152,9 +153,11 @@ class Program:
     graph: owns its parameters under the source's names; treat as immutable (passes copy it).
     layers: what can be quantised, in execution order.
     attention_macs: MACs of one image in products of two activations.
+    source: the model as traced, before any rewrite of ours; what the baseline runs.
     """
 
     graph: GraphModule
+    source: ExportedProgram
     layers: tuple[Layer, ...]
     image_size: Size
     dynamic_batch: bool

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -30,17 +33,17 @@ def trace(model: LoadedModel, *, batch_size: int = 1, dynamic_batch: bool = True
     notes: tuple[str, ...] = ()
     try:
         exported = _export(model.module, model.image_size, 2 if dynamic_batch else batch_size, dynamic_batch)
-    except Exception as error:  # noqa: BLE001 - torch.export raises many types; all mean "not traceable so"
+    except Exception as error:
         if not dynamic_batch:
             raise TargetError(f"torch.export cannot trace {model.spec}: {_first_line(error)}") from error
         try:
             exported = _export(model.module, model.image_size, batch_size, dynamic=False)
-        except Exception as again:  # noqa: BLE001
+        except Exception as again:
             raise TargetError(f"torch.export cannot trace {model.spec}: {_first_line(again)}") from again
         dynamic_batch = False
         notes = (f"the model's code fixes the batch: exported for batch {batch_size} only",)
     graph = fold(_plain(exported))
-    return _program(model, graph, batch_size, dynamic_batch, notes)
+    return _program(model, exported, graph, batch_size, dynamic_batch, notes)
 
 
 def fold(graph: GraphModule) -> GraphModule:
@@ -56,6 +59,11 @@ def exported(program: Program, *, batch_size: int | None = None) -> ExportedProg
     dynamic = program.dynamic_batch and batch_size is None
     batch = 2 if dynamic else batch_size or program.batch_size
     return _export(program.graph, program.image_size, batch, dynamic)
+
+
+def save_baseline(program: Program, path: Path) -> None:
+    """Write the model as traced, before any rewrite, for the baseline's worker to open."""
+    torch.export.save(program.source, path)
 
 
 def example(size: Size, batch: int) -> Tensor:
@@ -92,7 +100,12 @@ def _plain(exported: ExportedProgram) -> GraphModule:
 
 
 def _program(
-    model: LoadedModel, graph: GraphModule, batch_size: int, dynamic: bool, notes: tuple[str, ...]
+    model: LoadedModel,
+    source: ExportedProgram,
+    graph: GraphModule,
+    batch_size: int,
+    dynamic: bool,
+    notes: tuple[str, ...],
 ) -> Program:
     images = example(model.image_size, 1 if dynamic else batch_size)
     with torch.inference_mode():
@@ -100,15 +113,16 @@ def _program(
     output, shapes = Shapes(graph)(images)
     difference = relative_difference(reference, output)
     if not difference < PARITY:
-        raise ParityError(f"the traced graph differs from {model.spec} by {difference:.2e} (limit {PARITY:g})")
+        raise ParityError(
+            f"the traced graph differs from {model.spec} by {difference:.2e} (limit {PARITY:g})"
+        )
     per_image = 1 if dynamic else batch_size
     layers = find_layers(graph, shapes)
     if per_image > 1:
-        from dataclasses import replace
-
         layers = tuple(replace(layer, macs=layer.macs // per_image) for layer in layers)
     return Program(
         graph=graph,
+        source=source,
         layers=layers,
         image_size=model.image_size,
         dynamic_batch=dynamic,

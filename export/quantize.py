@@ -104,7 +104,9 @@ def _quantize_layer(
 def _fake_quantize(edit: Edit, source: Node, p: QParams, before: Node) -> Node:
     first = source.next if source.op != "placeholder" else before
     arguments = (p.scale, p.zero_point, p.low, p.high, p.dtype)
-    stored = edit.call(before if first.op == "output" else first, _q.quantize_per_tensor.default, source, *arguments)
+    stored = edit.call(
+        before if first.op == "output" else first, _q.quantize_per_tensor.default, source, *arguments
+    )
     stored.meta = {k: v for k, v in before.meta.items() if k == "nn_module_stack"}
     with edit.graph.inserting_after(stored):
         restored = edit.graph.call_function(_q.dequantize_per_tensor.default, (stored, *arguments))

@@ -62,6 +62,18 @@ class Target(ABC):
     def runnable(self, artifact: BuiltArtifact, threads: int) -> Runnable:
         """How a worker opens the artifact."""
 
+    def lowered(self, artifact: BuiltArtifact, threads: int) -> Runnable | None:
+        """The same graph before the runtime optimises it, to tell lowering from the runtime; or None."""
+        return None
+
+    def not_run(self) -> str:
+        """Why artifacts of this target cannot run on this machine; empty when they can."""
+        return ""
+
+    def not_timed(self) -> str:
+        """Why a time measured on this machine would mean nothing; empty when it would."""
+        return self.not_run()
+
 
 def _size(path: Path) -> int:
     """Bytes of a file with its side files (`model.xml` + `model.bin`), or of a package folder."""

@@ -16,20 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from vit_export.errors import TargetError, UnsupportedOperator
+from vit_export.export.float16_rewrite import FLOAT, HALF_MAX, HalfRewrite
+from vit_export.export.float16_scales import round_scales
 
-FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-HALF_MAX = 65504.0
 HALF_TINY = 2.0**-24  # the smallest float16 above 0
 HEADROOM = 2.0  # unseen images may go so many times higher than those measured
-_SMALLEST_SCALE = 2.0**-20  # below, float16 keeps a scale to worse than 3 %
 
-# Inputs that the operator's definition keeps float32 whatever its data is.
-_FLOAT_INPUTS: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2), "Upsample": (1,)}
 # Operators whose sum, or sum of squares, overflows before their inputs do.
 _SUMS = ("ReduceSum", "ReduceMean", "ReduceL1", "GlobalAveragePool")
 _SQUARES = ("LayerNormalization", "InstanceNormalization", "GroupNormalization", "ReduceL2")
@@ -60,8 +56,10 @@ def to_float16(
     common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
     if any(value.dtype is None for node in model.graph for value in node.outputs):
         common.ShapeInferencePass()(model)
+    round_scales(model)
     kept = dict(_islands(model.graph, peaks, keep))
-    saturated = _Conversion(model.graph, set(kept)).run()
+    kept |= _quantizers_of(kept)
+    saturated = HalfRewrite(model.graph, set(kept)).run()
     common.RemoveUnusedNodesPass()(model)
     return HalfReport({node.name or node.op_type: reason for node, reason in kept.items()}, saturated)
 
@@ -129,116 +127,38 @@ def _elements(value: ir.Value | None) -> int:
 
 
 def _constant_reason(node: ir.Node) -> str:
-    """Why a constant forbids float16: a scalar that would become 0, a weight or a scale out of range."""
-    for index, value in enumerate(node.inputs):
+    """Why a constant forbids float16: a scalar that would become 0, or a weight out of range."""
+    for value in node.inputs:
         if value is None or value.dtype != FLOAT or value.const_value is None:
             continue
         data = np.abs(value.const_value.numpy())
         finite = data[np.isfinite(data)]
         if data.size == 1 and 0 < data.item() < HALF_TINY:
             return f"{value.name} = {data.item():.3g} is 0 in float16"
-        if index == 1 and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            if finite.size and finite.min() < _SMALLEST_SCALE:
-                return f"scale {value.name} goes down to {finite.min():.3g}"
-        elif finite.size and finite.max() > HALF_MAX and node.op_type not in _SATURATING:
+        if finite.size and finite.max() > HALF_MAX and node.op_type not in _SATURATING:
             return f"{value.name} reaches {finite.max():.3g}"
     return ""
 
 
-class _Conversion:
-    """Rewrites types once it is decided which nodes stay float32."""
+def _quantizers_of(kept: Mapping[ir.Node, str]) -> dict[ir.Node, str]:
+    """Q and DQ around kept products, and the products that share them: one scale type for each product."""
+    found: dict[ir.Node, str] = {}
+    todo = [node for node in kept if _dequantizers(node)]
+    while todo:
+        product = todo.pop()
+        for dequantize in _dequantizers(product):
+            group = [dequantize]
+            quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
+            group += [quantize] if quantize is not None and quantize.op_type == "QuantizeLinear" else []
+            for node in group:
+                found.setdefault(node, f"its product {product.name} stays float32")
+            for user in dequantize.outputs[0].consumers():
+                if user not in kept and user not in found and len(_dequantizers(user)) > 1:
+                    found[user] = f"shares its int8 input with {product.name}"
+                    todo.append(user)
+    return {node: reason for node, reason in found.items() if node not in kept}
 
-    def __init__(self, graph: ir.Graph, kept: set[ir.Node]) -> None:
-        self._graph = graph
-        self._kept = kept
-        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self._saturated: list[str] = []
 
-    def run(self) -> tuple[str, ...]:
-        """Convert everything; the names of saturated constants."""
-        outputs = [value for value in self._graph.outputs if value.dtype == FLOAT]
-        nodes = list(self._graph)
-        for node in nodes:
-            if node not in self._kept:
-                self._convert_node(node)
-        for value in list(self._graph.initializers.values()):
-            if value.dtype == FLOAT and {self._wanted(node, i) for node, i in value.uses()} == {HALF}:
-                self._convert_constant(value)
-        for node in nodes:
-            for index, value in enumerate(node.inputs):
-                if value is not None and value.dtype in (FLOAT, HALF):
-                    node.replace_input_with(index, self._as(value, self._wanted(node, index)))
-        for value in outputs:
-            if value.dtype == HALF:
-                self._restore_output(value)
-        return tuple(self._saturated)
-
-    def _wanted(self, node: ir.Node, index: int) -> ir.DataType:
-        """The type a node reads its input in; a Cast takes what it is given."""
-        value = node.inputs[index]
-        if node.op_type == "Cast" and value is not None and value.dtype is not None:
-            return value.dtype
-        stays = node in self._kept or index in _FLOAT_INPUTS.get(node.op_type, ())
-        return FLOAT if stays else HALF
-
-    def _convert_node(self, node: ir.Node) -> None:
-        """Attributes that name or hold a type, and the type of the outputs."""
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT:
-            node.attributes["to"] = ir.AttrInt64("to", int(HALF))
-        if node.op_type == "ConstantOfShape" and "value" in node.attributes:
-            fill = node.attributes["value"].as_tensor()
-            if fill.dtype == FLOAT:
-                half = np.clip(fill.numpy(), -HALF_MAX, HALF_MAX).astype(np.float16)
-                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(half))
-        for value in node.outputs:
-            if value.dtype == FLOAT:
-                value.dtype = HALF
-
-    def _as(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
-        """`value` in the wanted type: itself, a converted constant, or one shared Cast."""
-        if value.dtype == wanted:
-            return value
-        if (value, wanted) not in self._casts:
-            constant = value.const_value is not None and value.producer() is None
-            self._casts[value, wanted] = self._copy_constant(value) if constant else self._cast(value, wanted)
-        return self._casts[value, wanted]
-
-    def _convert_constant(self, value: ir.Value) -> None:
-        """An initialiser that only float16 nodes read, under its own name."""
-        value.const_value = ir.tensor(self._half(value), name=value.name)
-        value.dtype = HALF
-
-    def _copy_constant(self, value: ir.Value) -> ir.Value:
-        """A float16 initialiser beside the float32 one that other nodes read."""
-        data = ir.tensor(self._half(value), name=f"{value.name}.half")
-        half = ir.Value(name=data.name, type=ir.TensorType(HALF), shape=value.shape, const_value=data)
-        self._graph.register_initializer(half)
-        return half
-
-    def _half(self, value: ir.Value) -> npt.NDArray[np.float16]:
-        assert value.const_value is not None
-        data = value.const_value.numpy()
-        if (np.abs(data) > HALF_MAX).any():
-            self._saturated.append(value.name or "?")
-        half: npt.NDArray[np.float16] = np.clip(data, -HALF_MAX, HALF_MAX).astype(np.float16)
-        return half
-
-    def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
-        kind = "Float32" if wanted == FLOAT else "Float16"
-        cast = ir.node("Cast", [value], attributes={"to": int(wanted)}, name=f"{value.name}/To{kind}")
-        out = cast.outputs[0]
-        out.name, out.dtype, out.shape = f"{value.name}.{kind.lower()}", wanted, value.shape
-        producer = value.producer()
-        if producer is None:
-            self._graph.insert_before(self._graph[0], cast)
-        else:
-            self._graph.insert_after(producer, cast)
-        return out
-
-    def _restore_output(self, value: ir.Value) -> None:
-        """A graph output that became float16: cast it back under its own name."""
-        cast = self._cast(value, FLOAT)
-        cast.name, value.name = value.name, f"{value.name}.half"
-        for index, output in enumerate(self._graph.outputs):
-            if output is value:
-                self._graph.outputs[index] = cast
+def _dequantizers(node: ir.Node) -> list[ir.Node]:
+    sources = [value.producer() for value in node.inputs if value is not None]
+    return [s for s in sources if s is not None and s.op_type == "DequantizeLinear"]

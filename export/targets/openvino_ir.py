@@ -30,7 +30,9 @@ class OpenVinoTarget(Target):
 
         from vit_export.export.onnx_graph import save, to_onnx
 
-        graph = to_onnx(program, self.profile(request.precision, {"opset": request.opset}), batch_size=request.batch_size)
+        graph = to_onnx(
+            program, self.profile(request.precision, {"opset": request.opset}), batch_size=request.batch_size
+        )
         source = request.folder / "source.onnx"
         save(graph, source)
         try:

@@ -46,3 +46,7 @@ class OrtTarget(Target):
     def runnable(self, artifact: BuiltArtifact, threads: int) -> Runnable:
         """Runs in ONNX Runtime's CPU provider with all optimisations."""
         return Runnable("onnx", artifact.path, threads)
+
+    def lowered(self, artifact: BuiltArtifact, threads: int) -> Runnable | None:
+        """The file as written, node by node."""
+        return Runnable("onnx", artifact.path, threads, {"optimization": "none"})

@@ -1,0 +1,373 @@
+"""The command line: parse, call the pipeline, print, exit. Imports no SDK, and no stage before it is needed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from vit_export import __version__
+from vit_export.errors import UsageError, VitExportError
+
+if TYPE_CHECKING:
+    from vit_export.artifacts import Precision, Size
+    from vit_export.job import ExportJob
+
+_TARGETS = ("onnx", "openvino", "tensorrt", "coreml")
+_METHODS = ("minmax", "percentile", "mse", "entropy")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=False,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Path_ = Annotated[Path, typer.Argument(help="report.json, or the folder that holds it")]
+
+
+def _config(context: typer.Context, path: Path | None) -> Path | None:
+    """Read --config before the other options: its values become their defaults."""
+    if path is not None:
+        import tomllib
+
+        try:
+            values = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read --config {path}: {error}") from error
+        known = {p.name for p in context.command.params}
+        named = {key.replace("-", "_"): value for key, value in values.items()}
+        if unknown := sorted(named.keys() - known):
+            raise UsageError(f"--config {path}: unknown key {unknown[0]}", "keys are option names without --")
+        context.default_map = {**(context.default_map or {}), **named}
+    return path
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"vit-export {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def export(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="SPEC: digits-vit, timm:NAME, hf:DIR_OR_ID, torchvision:NAME, file.py:FACTORY, model.onnx, program.pt2"
+        ),
+    ] = "digits-vit",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="safetensors or state dict to load over the model")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="download the model's weights")] = False,
+    num_classes: Annotated[int | None, typer.Option(min=0)] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that an hf: model brings")
+    ] = False,
+    image_size: Annotated[
+        list[str] | None, typer.Option(help="N or HxW; repeat for several artifacts")
+    ] = None,
+    pos_embed: Annotated[
+        str | None, typer.Option(help="parameter that is the position table of your own model")
+    ] = None,
+    prefix_tokens: Annotated[
+        int | None, typer.Option(min=0, help="rows of it that belong to class and other tokens")
+    ] = None,
+    pos_embed_mode: Annotated[str, typer.Option(help="bicubic, bilinear or nearest")] = "bicubic",
+    antialias: Annotated[
+        bool, typer.Option("--antialias/--no-antialias", help="when a position table shrinks")
+    ] = True,
+    target: Annotated[
+        list[str] | None, typer.Option(help="onnx, openvino, tensorrt, coreml or all; repeat for several")
+    ] = None,
+    fp32: Annotated[bool, typer.Option("--fp32", help="float32 artifact (the default)")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="float16 artifact")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="int8 artifact; needs --calib")] = False,
+    calib: Annotated[
+        Path | None, typer.Option(help="calibration images: folder, folder a class, or .npz")
+    ] = None,
+    calib_size: Annotated[int, typer.Option(min=1)] = 128,
+    calib_method: Annotated[str, typer.Option(help=", ".join(_METHODS))] = "minmax",
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="images to judge on, as for --calib")
+    ] = None,
+    eval_size: Annotated[int | None, typer.Option(min=2)] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="top-1 points an artifact may lose; more gives exit 1")
+    ] = None,
+    keep_float: Annotated[
+        list[str] | None, typer.Option(help="GLOB of layers that stay float; repeat")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="R,G,B on the 0..1 scale")] = None,
+    std: Annotated[str | None, typer.Option(help="R,G,B on the 0..1 scale")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos")] = None,
+    crop_pct: Annotated[float | None, typer.Option(min=0.1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="fix the batch; dynamic without it")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="of every runtime; 0: all physical cores")] = 0,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset instead of the target's own")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("vit-export-out"),
+    config: Annotated[
+        Path | None, typer.Option(callback=_config, is_eager=True, help="TOML file with any of these options")
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds a runtime may take to answer")] = 600,
+    require_run: Annotated[
+        bool, typer.Option("--require-run", help="exit 3 when an artifact cannot be run here")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="traceback with errors")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="report.json on stdout, everything else on stderr")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Export a Vision Transformer, quantise it, and prove the artifact against FP32 PyTorch.
+
+    Without a subcommand this is the main job; without --model it uses the embedded digits-vit and its
+    images:  vit-export --target onnx --target openvino --int8
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from vit_export.models.config import AdaptConfig, LoadOptions, PosEmbedMode
+
+    options = dict(context.params)
+    job = _job(
+        options,
+        LoadOptions(
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            num_classes=num_classes,
+            mean=_triple("--mean", mean),
+            std=_triple("--std", std),
+            interpolation=_choice("--interpolation", interpolation),
+            crop_pct=crop_pct,
+            trust_remote_code=trust_remote_code,
+            pos_embed=pos_embed,
+            prefix_tokens=prefix_tokens,
+        ),
+        AdaptConfig(_mode(pos_embed_mode, PosEmbedMode), antialias, pos_embed, prefix_tokens),
+    )
+    _run(job, quiet=quiet or json, as_json=json)
+
+
+def _job(options: dict[str, Any], load: Any, adapt: Any) -> ExportJob:
+    from vit_export.job import ExportJob
+
+    return ExportJob(
+        model=options["model"],
+        load=load,
+        adapt=adapt,
+        image_sizes=tuple(_size(text) for text in options["image_size"] or ()),
+        targets=_targets(options["target"]),
+        precisions=_precisions(options),
+        calib=options["calib"],
+        calib_size=options["calib_size"],
+        observer=_observer(options["calib_method"]),
+        evaluation=options["evaluation"],
+        eval_size=options["eval_size"],
+        keep_float=tuple(options["keep_float"] or ()),
+        max_drop=options["max_drop"],
+        batch_size=options["batch_size"],
+        threads=options["threads"],
+        opset=options["opset"],
+        output=options["output"].absolute(),
+        seed=options["seed"],
+        timeout=options["timeout"],
+        require_run=options["require_run"],
+    )
+
+
+def _run(job: ExportJob, *, quiet: bool, as_json: bool) -> None:
+    from vit_export.runtime.console import make_console, print_report
+    from vit_export.terminal import progress_display
+
+    console = make_console(stderr=True) if as_json else make_console()
+    command = shlex.join(["vit-export", *sys.argv[1:]])
+    with progress_display(console, quiet) as notify:
+        notify("import", 0, 1)
+        from vit_export import pipeline
+
+        report = pipeline.run(job, command, notify)
+    for note in report.model.notes:
+        console.print(f"note: {note}", style="dim", soft_wrap=True)
+    print_report(report, console)
+    console.print(f"\n{job.output}", style="dim")
+    if as_json:
+        from vit_export.runtime.report_schema import encode
+
+        sys.stdout.buffer.write(encode(report))
+    raise typer.Exit(pipeline.exit_code(report, job))
+
+
+@app.command()
+def gate(
+    report: Path_,
+    baseline: Annotated[Path | None, typer.Option(help="report to compare with")] = None,
+    rules: Annotated[Path | None, typer.Option(help="TOML file of rules")] = None,
+) -> None:
+    """Judge a report by rules and against another report; a regression gives exit 1."""
+    from vit_export.runtime import gate as gates
+    from vit_export.runtime import report_files
+    from vit_export.runtime.gate_rules import read_rules
+
+    outcome = gates.gate(
+        report_files.read(report),
+        report_files.read(baseline) if baseline else None,
+        read_rules(rules) if rules else None,
+    )
+    text = gates.markdown(outcome)
+    typer.echo(text)
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(text)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def report(report: Path_) -> None:
+    """Print a report's table again and write its other formats beside it."""
+    from vit_export.runtime import report_files
+    from vit_export.runtime.console import make_console, print_report
+
+    data = report_files.read(report)
+    formats = [name for name in report_files.WRITERS if name != "json"]
+    written = report_files.write(data, report if report.is_dir() else report.parent, formats)
+    console = make_console()
+    print_report(data, console)
+    console.print("wrote " + ", ".join(path.name for path in written), style="dim")
+
+
+@app.command()
+def doctor() -> None:
+    """Which targets can be built and run here, with versions and known faults."""
+    from vit_export.runtime.console import make_console, plain_table
+    from vit_export.runtime.doctor import diagnose
+    from vit_export.runtime.environment import collect
+
+    here, console = collect(), make_console()
+    console.print(f"{here.cpu}, {here.cores} cores, {' '.join(here.cpu_features) or 'no int8 features'}")
+    found = diagnose()
+    yes = {True: "yes", False: "no"}
+    body = [
+        (d.target, yes[d.builds], yes[d.runs], " ".join(f"{k} {v}" for k, v in d.versions.items()))
+        for d in found
+    ]
+    console.print(plain_table(("target", "builds", "runs", "installed"), body))
+    for d in found:
+        for line in (*((d.problem,) if d.problem else ()), *((d.fix,) if d.fix else ()), *d.notes):
+            console.print(f"{d.target}: {line}", soft_wrap=True)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str | None, typer.Argument(help="GLOB, or a SPEC to describe")] = None,
+) -> None:
+    """What can be loaded: native size, sizes it can take, and how it encodes positions."""
+    from vit_export.models import available
+    from vit_export.runtime.console import make_console, plain_table
+
+    rows = available(pattern)
+    if not rows:
+        raise UsageError(f"no model matches {pattern}", "vit-export models '*deit*'")
+    body = [
+        (r.spec, _shown(r.image_size), f"{r.multiple[0]}x{r.multiple[1]}", str(r.positions)) for r in rows
+    ]
+    make_console().print(plain_table(("spec", "native", "multiple of", "positions"), body))
+
+
+def _shown(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _size(text: str) -> Size:
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UsageError(f"--image-size {text} is no size", "N or HxW, as 224 or 192x320")
+    return int(sides[0]), int(sides[-1])
+
+
+def _targets(names: list[str] | None) -> tuple[str, ...]:
+    asked = names or ["onnx"]
+    for name in asked:
+        if name not in (*_TARGETS, "all"):
+            raise UsageError(f"unknown target {name!r}", f"one of {', '.join(_TARGETS)}, all")
+    return _TARGETS if "all" in asked else tuple(dict.fromkeys(asked))
+
+
+def _precisions(options: dict[str, Any]) -> tuple[Precision, ...]:
+    from vit_export.artifacts import Precision
+
+    asked = tuple(precision for precision in Precision if options[precision.value])
+    return asked or (Precision.FP32,)
+
+
+def _observer(method: str) -> Any:
+    from vit_export.calibration.observers import EntropyConfig, MinMaxConfig, MseConfig, PercentileConfig
+
+    configs = {c.method: c for c in (MinMaxConfig, PercentileConfig, MseConfig, EntropyConfig)}
+    if method not in configs:
+        raise UsageError(f"unknown --calib-method {method!r}", f"one of {', '.join(_METHODS)}")
+    return configs[method]()
+
+
+def _mode(name: str, modes: Any) -> Any:
+    if name not in tuple(modes):
+        raise UsageError(f"unknown --pos-embed-mode {name!r}", f"one of {', '.join(modes)}")
+    return modes(name)
+
+
+def _choice(flag: str, name: str | None) -> Any:
+    from vit_export.artifacts import Interpolation
+
+    if name is not None and name not in tuple(Interpolation):
+        raise UsageError(f"unknown {flag} {name!r}", f"one of {', '.join(Interpolation)}")
+    return None if name is None else Interpolation(name)
+
+
+def _triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
+    if text is None:
+        return None
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{flag} {text} is not three numbers", f"{flag} 0.5,0.5,0.5") from error
+    return red, green, blue
+
+
+def main() -> None:
+    """Entry point: every error a user can cause is one message and its exit code; the rest is 4."""
+    verbose = any(flag in sys.argv for flag in ("--verbose", "-v"))
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+    except VitExportError as error:
+        if verbose:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if verbose:
+            raise
+        typer.echo(
+            f"internal error: {type(error).__name__}: {error}\n  run again with --verbose and report it",
+            err=True,
+        )
+        sys.exit(4)

@@ -1,0 +1,359 @@
+"""Everything that happens at one image size: trace, calibrate, build, run, time, judge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from vit_export import __version__
+from vit_export.artifacts import (
+    BuildRequest,
+    BuiltArtifact,
+    EvalSet,
+    LoadedModel,
+    Logits,
+    Precision,
+    Program,
+    QuantPlan,
+    Ranges,
+    Runnable,
+)
+from vit_export.calibration.checks import inspect
+from vit_export.calibration.collect import calibrate
+from vit_export.calibration.plan import plan as make_plan
+from vit_export.calibration.plan import save as save_plan
+from vit_export.calibration.preprocess import batches, write_pixels
+from vit_export.errors import ParityError, VitExportError
+from vit_export.export.program import PARITY, save_baseline, trace
+from vit_export.export.quantize import quantize
+from vit_export.export.target import Target
+from vit_export.job import ExportJob, ImageSources, first_images, synthetic_pixels
+from vit_export.runtime.accuracy import compare, predictions, score
+from vit_export.runtime.files import atomic_directory
+from vit_export.runtime.inference import Prediction, predict
+from vit_export.runtime.latency import Timings, alternate
+from vit_export.runtime.protocol import ProgressCallback
+from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageLoss
+from vit_export.runtime.verdict import judge
+
+_BLAME_IMAGES = 32  # images on which losses are split by stage
+_BASELINE = "pytorch"
+
+
+def export(program: Program, plan: QuantPlan | None, target: Target, request: BuildRequest) -> BuiltArtifact:
+    """Quantise for a target (when the precision is int8) and build its artifact in request.folder."""
+    profile = target.profile(request.precision, {**request.options, "opset": request.opset})
+    if request.precision is Precision.INT8 and plan is not None:
+        program = quantize(program, plan, profile)
+    return target.build(program, request)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one image size gave. calib, evaluation: the images it used."""
+
+    program: Program
+    baseline: Baseline
+    results: tuple[Result, ...]
+    evaluation: EvalSet
+    calib: EvalSet | None
+    doubts: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(slots=True)
+class OneSize:
+    """One image size from adapted model to judged results."""
+
+    job: ExportJob
+    model: LoadedModel
+    targets: Sequence[Target]
+    sources: ImageSources
+    work: Path
+    notify: ProgressCallback
+
+    def run(self) -> Outcome:
+        """Trace, calibrate, build, run, time and judge."""
+        self.notify("trace", 0, 1)
+        program = trace(
+            self.model, batch_size=self.job.batch_size or 1, dynamic_batch=self.job.batch_size is None
+        )
+        evaluation = self._pixels("eval")
+        calib, ranges, plan = self._calibrate(program)
+        doubts = inspect(calib, evaluation if self.sources.evaluation else None) if calib else ()
+        baseline = self._baseline_runnable(program)
+        reference = self._predict(_BASELINE, baseline, evaluation, program)
+        built = list(self._build_all(program, plan, ranges))
+        results = [self._check(program, plan, item, reference.logits, evaluation) for item in built]
+        timings = self._time(baseline, built, results, evaluation)
+        results = [self._timed(result, timings) for result in results]
+        return Outcome(
+            program,
+            self._baseline(reference, evaluation, timings),
+            tuple(self._judged(results)),
+            evaluation,
+            calib,
+            doubts,
+            self.model.notes,
+        )
+
+    @property
+    def _name(self) -> str:
+        return f"{self.model.image_size[0]}x{self.model.image_size[1]}"
+
+    @property
+    def _embeddings(self) -> bool:
+        return self.model.num_classes == 0
+
+    def _pixels(self, which: str) -> EvalSet:
+        path = self.work / f"{which}-{self._name}.npy"
+        source = self.sources.evaluation if which == "eval" else self.sources.calibration
+        if source is None:
+            return synthetic_pixels(self.model.preprocessing, path, self.job.seed)
+        self.notify(f"preprocess {which} images", 0, len(source))
+        return write_pixels(source, self.model.preprocessing, path)
+
+    def _calibrate(self, program: Program) -> tuple[EvalSet | None, Ranges | None, QuantPlan | None]:
+        if Precision.INT8 not in self.job.precisions:
+            return None, None, None
+        images = self._pixels("calib")
+        step = 8 if program.dynamic_batch else program.batch_size
+        ranges = calibrate(
+            program,
+            batches(images, step),
+            self.job.observer,
+            progress=lambda done: self.notify("calibrate", done, images.count),
+        )
+        plan = make_plan(ranges, program.layers, keep_float=self.job.keep_float, seed=self.job.seed)
+        name = "plan.json" if len(self.job.image_sizes) < 2 else f"plan-{self._name}.json"
+        save_plan(plan, self.job.output / name)
+        return images, ranges, plan
+
+    def _baseline_runnable(self, program: Program) -> Runnable:
+        if self.model.baseline_path is not None:
+            return Runnable("onnx", self.model.baseline_path, self.job.threads)
+        path = self.work / f"baseline-{self._name}.pt2"
+        save_baseline(program, path)
+        return Runnable(_BASELINE, path, self.job.threads)
+
+    def _predict(self, name: str, runnable: Runnable, images: EvalSet, program: Program) -> Prediction:
+        out = self.work / f"{name.replace(' ', '-')}-{self._name}.npy"
+        step = min(16, images.count) if program.dynamic_batch else program.batch_size
+        return predict(
+            runnable,
+            images,
+            out,
+            batch=step,
+            timeout=self.job.timeout,
+            progress=lambda _, done, total: self.notify(f"evaluate {name}", done, total),
+        )
+
+    def _build_all(
+        self, program: Program, plan: QuantPlan | None, ranges: Ranges | None
+    ) -> Iterator[tuple[Target, BuiltArtifact] | Result]:
+        wanted = [(t, p) for t in self.targets for p in self.job.precisions]
+        for done, (target, precision) in enumerate(wanted):
+            self.notify(f"build {target.name} {precision}", done, len(wanted))
+            try:
+                yield target, self._build(target, precision, program, plan, ranges)
+            except VitExportError as error:
+                yield Result(
+                    target=target.name,
+                    precision=precision,
+                    image_size=self.model.image_size,
+                    status="failed",
+                    reason=str(error),
+                )
+
+    def _build(
+        self,
+        target: Target,
+        precision: Precision,
+        program: Program,
+        plan: QuantPlan | None,
+        ranges: Ranges | None,
+    ) -> BuiltArtifact:
+        final = self.job.output / target.name / precision / self._name
+        with atomic_directory(final) as folder:
+            request = BuildRequest(
+                precision=precision,
+                folder=folder,
+                preprocessing=self.model.preprocessing,
+                opset=self.job.opset,
+                batch_size=self.job.batch_size,
+                ranges=ranges,
+                metadata=self._metadata(precision),
+                options=self.job.options,
+            )
+            artifact = export(program, plan, target, request)
+        return dataclasses.replace(artifact, path=final / artifact.path.relative_to(folder))
+
+    def _metadata(self, precision: Precision) -> Mapping[str, str]:
+        contract = self.model.preprocessing
+        return {
+            "producer": f"vit-export {__version__}",
+            "model": self.model.spec,
+            "precision": precision,
+            "preprocessing": msgspec.json.encode(contract).decode(),
+            "preprocessing_sha256": contract.digest(),
+        }
+
+    def _check(
+        self,
+        program: Program,
+        plan: QuantPlan | None,
+        item: tuple[Target, BuiltArtifact] | Result,
+        reference: Logits,
+        images: EvalSet,
+    ) -> Result:
+        """Run one artifact on the evaluation images and compare it with the baseline."""
+        if isinstance(item, Result):
+            return item
+        target, artifact = item
+        result = self._result(artifact, plan)
+        try:
+            if reason := target.not_run():
+                stages = self._blame(program, plan, target, artifact, reference, images, None)
+                return msgspec.structs.replace(result, status="not_run", reason=reason, stages=stages)
+            name = f"{artifact.target} {artifact.precision}"
+            prediction = self._predict(name, target.runnable(artifact, self.job.threads), images, program)
+            self._check_parity(artifact, reference, prediction.logits)
+            accuracy = compare(
+                reference, prediction.logits, images.labels, embeddings=self._embeddings, seed=self.job.seed
+            )
+            result = msgspec.structs.replace(
+                result,
+                runtime_version=prediction.version,
+                peak_rss_bytes=prediction.peak_rss_bytes,
+                stages=self._blame(program, plan, target, artifact, reference, images, prediction.logits),
+            )
+            return result.with_accuracy(
+                accuracy, None if self._embeddings else predictions(prediction.logits)
+            )
+        except VitExportError as error:
+            return msgspec.structs.replace(result, status="failed", reason=str(error))
+
+    def _result(self, artifact: BuiltArtifact, plan: QuantPlan | None) -> Result:
+        quantised = artifact.precision is Precision.INT8 and plan is not None
+        return Result(
+            target=artifact.target,
+            precision=artifact.precision,
+            image_size=artifact.image_size,
+            status="ok",
+            artifact=str(artifact.path.relative_to(self.job.output)),
+            bytes=artifact.size_bytes,
+            kept_float=plan.kept_float() if quantised and plan else (),
+            float_fallback_ops=artifact.details.get("float_linears"),
+            details=dict(artifact.details),
+        )
+
+    def _check_parity(self, artifact: BuiltArtifact, reference: Logits, logits: Logits) -> None:
+        """An fp32 artifact must reproduce the baseline. Raises ParityError with the numbers."""
+        if artifact.precision is not Precision.FP32:
+            return
+        difference = float(np.abs(reference - logits).max() / max(np.abs(reference).max(), 1e-12))
+        if not difference < PARITY:
+            raise ParityError(
+                f"{artifact.target} fp32 differs from PyTorch by {difference:.2e} relative (limit {PARITY:g})"
+            )
+
+    def _blame(
+        self,
+        program: Program,
+        plan: QuantPlan | None,
+        target: Target,
+        artifact: BuiltArtifact,
+        reference: Logits,
+        images: EvalSet,
+        final: Logits | None,
+    ) -> tuple[StageLoss, ...]:
+        """What quantisation, lowering and the runtime each cost, on the first images."""
+        if artifact.precision is Precision.FP32:
+            return ()
+        few = first_images(images, _BLAME_IMAGES, self.work / f"few-{self._name}.npy")
+        steps: list[tuple[str, Logits]] = []
+        if artifact.precision is Precision.INT8 and plan is not None:
+            profile = target.profile(artifact.precision, {**self.job.options, "opset": self.job.opset})
+            steps.append(("quantize", _run_in_torch(quantize(program, plan, profile), few)))
+        lowered = target.lowered(artifact, self.job.threads)
+        if lowered is not None:
+            name = f"{artifact.target} {artifact.precision} unoptimised"
+            steps.append(("lower", self._predict(name, lowered, few, program).logits))
+        if final is not None:
+            steps.append(("runtime", final[: few.count]))
+        before, stages = reference[: few.count], []
+        for stage, logits in steps:
+            loss = compare(before, logits, embeddings=self._embeddings, resamples=1)
+            stages.append(StageLoss(stage=stage, sqnr_db=loss.sqnr_db, agreement=loss.agreement))
+            before = logits
+        return tuple(stages)
+
+    def _time(
+        self,
+        baseline: Runnable,
+        built: Sequence[tuple[Target, BuiltArtifact] | Result],
+        results: Sequence[Result],
+        images: EvalSet,
+    ) -> Timings:
+        runnables = {_BASELINE: baseline}
+        for item, result in zip(built, results, strict=True):
+            if not isinstance(item, Result) and result.status == "ok" and not item[0].not_timed():
+                runnables[result.name] = item[0].runnable(item[1], self.job.threads)
+        return alternate(
+            runnables,
+            data=images,
+            batch=self.job.batch_size or 1,
+            timeout=self.job.timeout,
+            progress=lambda name, done, total: self.notify("measure latency", done, total),
+        )
+
+    def _timed(self, result: Result, timings: Timings) -> Result:
+        if result.name in timings.failed:
+            reason = str(timings.failed[result.name])
+            return msgspec.structs.replace(result, status="failed", reason=reason)
+        if result.name not in timings.rounds:
+            return result
+        latency = timings.latency(result.name)
+        fp16 = result.name.replace(f" {result.precision} ", " fp16 ")
+        return msgspec.structs.replace(
+            result,
+            latency_ms=latency,
+            speedup=timings.median_ratio(_BASELINE, result.name),
+            speedup_vs_fp16=timings.median_ratio(fp16, result.name) if fp16 in timings.rounds else None,
+        )
+
+    def _baseline(self, reference: Prediction, images: EvalSet, timings: Timings) -> Baseline:
+        top1 = top5 = None
+        if images.labels is not None:
+            top1, top5 = score(reference.logits, images.labels, embeddings=self._embeddings)
+        return Baseline(
+            runtime="onnxruntime" if self.model.baseline_path else _BASELINE,
+            precision=Precision.FP32,
+            image_size=self.model.image_size,
+            runtime_version=reference.version,
+            top1=top1,
+            top5=top5,
+            latency_ms=timings.latency(_BASELINE),
+            peak_rss_bytes=reference.peak_rss_bytes,
+            predictions=None if self._embeddings else PackedIds.pack(predictions(reference.logits)),
+        )
+
+    def _judged(self, results: Sequence[Result]) -> Iterator[Result]:
+        for result in results:
+            verdict = judge(result, peers=results, limits=self.job.limits, embeddings=self._embeddings)
+            yield msgspec.structs.replace(
+                result, verdict=verdict.verdict, verdict_reason=verdict.reason, gates=verdict.gates
+            )
+
+
+def _run_in_torch(program: Program, images: EvalSet) -> Logits:
+    import torch
+
+    with torch.inference_mode():
+        step = 8 if program.dynamic_batch else program.batch_size
+        parts = [program.graph(torch.from_numpy(batch)).numpy() for batch in batches(images, step)]
+    return np.concatenate(parts)

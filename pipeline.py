@@ -1,0 +1,176 @@
+"""The stages in order, each a function, and `run`, which does all of them.
+
+    model = load("timm:deit_tiny_patch16_224", LoadOptions(pretrained=True))
+    program = trace(adapt(model, (192, 192)))
+    ranges = calibrate(program, batches(images, 8), MinMaxConfig())
+    plan = make_plan(ranges, program.layers)
+    artifact = export(program, plan, target_named("onnx"), request)
+    result = verify(reference_logits, Runnable("onnx", artifact.path), images, Path("out.npy"))
+
+`run(ExportJob(...))` is what the command line calls.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vit_export.artifacts import EvalSet, LoadedModel, Logits, Precision, Runnable
+from vit_export.calibration.checks import check_labels
+from vit_export.calibration.collect import calibrate
+from vit_export.calibration.images import ImageSource
+from vit_export.calibration.plan import plan as make_plan
+from vit_export.calibration.preprocess import batches, write_pixels
+from vit_export.errors import UsageError
+from vit_export.export.program import trace
+from vit_export.export.quantize import quantize
+from vit_export.export.targets import target_named
+from vit_export.job import ExportJob, ImageSources, open_sources
+from vit_export.models import adapt, load
+from vit_export.one_size import OneSize, Outcome, export
+from vit_export.runtime import report_files
+from vit_export.runtime.accuracy import compare, predictions
+from vit_export.runtime.environment import collect as environment
+from vit_export.runtime.inference import predict
+from vit_export.runtime.protocol import ProgressCallback
+from vit_export.runtime.report_schema import Data, EvalData, ImageData, ModelInfo, PackedIds, Report, Result
+
+__all__ = [
+    "adapt", "batches", "calibrate", "exit_code", "export", "load", "make_plan", "predict", "quantize", "run",
+    "target_named", "trace", "verify", "write_pixels",
+]  # fmt: skip
+
+
+def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = None) -> Report:
+    """Everything an ExportJob asks for; artifacts and report are in job.output when it returns.
+
+    progress: called with (stage, steps done, of). Raises VitExportError for what stops the whole run;
+    a target that fails becomes a failed result.
+    """
+    notify = progress or _silent
+    targets = [target_named(name) for name in job.targets]
+    for target in targets:
+        target.require()
+    with _workspace(job.output) as work:
+        notify("load", 0, 1)
+        model = load(job.model, job.load)
+        sources = open_sources(job)
+        for source in sources.all():
+            check_labels(source, model.num_classes)
+        outcomes = [
+            OneSize(job, adapt(model, size, job.adapt), targets, sources, work, notify).run()
+            for size in job.image_sizes or (model.image_size,)
+        ]
+        report = _report(job, command, model, sources, outcomes)
+        report_files.write(report, job.output)
+    return report
+
+
+def exit_code(report: Report, job: ExportJob) -> int:
+    """0 all done; 1 a --max-drop that the user gave is broken; 3 a target failed or was not run."""
+    states = {result.status for result in report.results}
+    if "failed" in states or (job.require_run and "not_run" in states):
+        return 3
+    gates = (gate for result in report.results for gate in result.gates)
+    return 1 if job.max_drop is not None and any(gate.passed is False for gate in gates) else 0
+
+
+def verify(
+    reference: Logits, runnable: Runnable, images: EvalSet, out: Path, *, embeddings: bool = False
+) -> Result:
+    """Run an artifact in a process of its own and compare its outputs with the baseline's.
+
+    reference: float32 [N, K] of the same images. out: where the outputs are kept (.npy).
+    """
+    prediction = predict(runnable, images, out)
+    accuracy = compare(reference, prediction.logits, images.labels, embeddings=embeddings)
+    result = Result(
+        target=runnable.runner,
+        precision=Precision.FP32,
+        image_size=images.preprocessing.size,
+        status="ok",
+        runtime_version=prediction.version,
+        peak_rss_bytes=prediction.peak_rss_bytes,
+    )
+    return result.with_accuracy(accuracy, None if embeddings else predictions(prediction.logits))
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@contextmanager
+def _workspace(output: Path) -> Iterator[Path]:
+    """A scratch folder inside the output, so that finished artifacts only need a rename."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".work-", dir=output))
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {output}: {error.strerror}", "choose a writable --output with free space"
+        ) from error
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _report(
+    job: ExportJob,
+    command: str,
+    model: LoadedModel,
+    sources: ImageSources,
+    outcomes: Sequence[Outcome],
+) -> Report:
+    first = outcomes[0]
+    notes = (*model.notes, f"output: {model.output}", *sources.notes)
+    notes += tuple(n for o in outcomes for n in (*o.notes, *o.program.notes, *o.doubts))
+    return Report(
+        created=datetime.now(UTC),
+        command=command,
+        environment=environment(job.threads),
+        model=ModelInfo(
+            spec=model.spec,
+            family=model.family,
+            parameters=sum(p.numel() for p in model.module.parameters()),
+            num_classes=model.num_classes,
+            source_image_size=model.source_image_size,
+            preprocessing=first.evaluation.preprocessing,
+            preprocessing_sha256=first.evaluation.preprocessing.digest(),
+            macs=first.program.macs,
+            notes=tuple(dict.fromkeys(notes)),
+        ),
+        data=Data(
+            calib=_image_data(sources.calibration, first.calib) if first.calib else None,
+            eval=_eval_data(sources.evaluation, first.evaluation),
+        ),
+        baseline=first.baseline,
+        more_baselines=tuple(outcome.baseline for outcome in outcomes[1:]),
+        results=tuple(result for outcome in outcomes for result in outcome.results),
+    )
+
+
+def _image_data(source: ImageSource | None, images: EvalSet) -> ImageData | None:
+    if source is None:
+        return None
+    return ImageData(
+        path=str(source.path), images=images.count, sha256=source.digest(), skipped=len(images.skipped)
+    )
+
+
+def _eval_data(source: ImageSource | None, images: EvalSet) -> EvalData | None:
+    if source is None:
+        return None
+    labels = images.labels
+    return EvalData(
+        path=str(source.path),
+        images=images.count,
+        sha256=source.digest(),
+        skipped=len(images.skipped),
+        labels=labels is not None,
+        label_ids=None if labels is None else PackedIds.pack(labels),
+    )
