@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "export/trt_sdk.py",
     "export/trt_errors.py",
-    "export/targets/tensorrt_engine.py",
+    "export/trt_build.py",
     "runtime/tensorrt_runner.py",
     "runtime/trt_session.py",
     "runtime/trt_inspector.py",
