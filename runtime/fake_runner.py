@@ -98,6 +98,7 @@ class FakeRunner(Runner):
             case "crash":
                 os.kill(os.getpid(), getattr(signal, "SIGSEGV", signal.SIGTERM))
             case "exit":
+                os.write(2, b"fake: cannot go on\n")
                 os._exit(7)
             case "hang":
                 time.sleep(3600)

@@ -1,6 +1,7 @@
 """Versions that give wrong numbers or cannot run what we export: data, with where it was reported.
 
-These are reports, not our measurements; each names its source.
+These are reports, not our measurements; each names its source. TensorRT has a table of its own, because
+there model, GPU and precision count too: trt_known_bad.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ class KnownBad:
 
 
 KNOWN_BAD: tuple[KnownBad, ...] = (
-    KnownBad("tensorrt", "10.3", "10.16", "wrong fp16 results of some ViTs", "NVIDIA/TensorRT#4723"),
-    KnownBad("tensorrt", "10.3", "10.5", "wrong results with dynamic shapes", "NVIDIA/TensorRT#4419"),
     KnownBad("tensorrt", "11", _END, "no support for JetPack", "TensorRT 11 release notes", jetson=True),
     KnownBad("onnxruntime", "0", "1.23", "no Attention (opset 23)", "microsoft/onnxruntime#25156"),
     KnownBad(

@@ -122,7 +122,7 @@ def _speed_complaints(result: Result, peers: Sequence[Result]) -> Iterable[str]:
 
 def _speed_words(result: Result) -> Iterable[str]:
     if result.speedup is None:
-        yield "speed not measured here"
+        yield result.reason or "speed not measured here"
     elif result.speedup >= 1.05:
         yield f"{result.speedup:.1f}x faster"
     else:

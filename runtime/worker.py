@@ -149,7 +149,7 @@ def peak_rss_bytes() -> int | None:
 def _pixels(path: Path, preprocessing: Preprocessing) -> Pixels:
     """Memory-mapped uint8 [N, H, W, 3] of the contract's size. Raises InputError for anything else."""
     try:
-        pixels: Pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        pixels: Pixels = np.lib.format.open_memmap(path, mode="r")  # .npy only, never a pickle
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read images from {path}: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (*preprocessing.size, 3):
