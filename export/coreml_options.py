@@ -1,0 +1,74 @@
+"""What can be said about a Core ML artifact on the command line. Imports no SDK."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vit_export.errors import InputError, UsageError
+
+_CHOICES: Mapping[str, tuple[object, ...]] = {
+    "target": ("iOS17", "iOS18"),
+    "input": ("tensor", "image"),
+    "palettize": (0, 4, 6),
+    "activations": ("symmetric", "asymmetric", "float"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CoreMLOptions:
+    """Options of the target; `of` reads them under their command line names.
+
+    target: oldest system that opens the package (iOS18 = macOS 15). iOS 18 keeps attention as one
+    operation and stores 4 and 6 bit weights with a palette for each group of channels.
+    input: float32 NCHW, or a uint8 RGB image that the package normalises itself.
+    labels: class names in index order make the package a classifier; its logits stay an output.
+    palettize: bits of a weight palette, 0 for none.
+    activations: of int8. Symmetric is what Apple documents for integer products on the Neural Engine;
+    asymmetric is closer to the model; float quantises the weights alone.
+    """
+
+    target: Literal["iOS17", "iOS18"] = "iOS18"
+    input: Literal["tensor", "image"] = "tensor"
+    labels: tuple[str, ...] = ()
+    palettize: Literal[0, 4, 6] = 0
+    activations: Literal["symmetric", "asymmetric", "float"] = "symmetric"
+    author: str = ""
+    license: str = ""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> CoreMLOptions:
+        """From `coreml_target`, `coreml_input`, `coreml_activations`, `palettize`, `labels` (names or a
+        file with one a line), `author` and `license`; what is absent or None keeps its default.
+
+        Raises UsageError for a value that is no choice, InputError for a label file that is not one.
+        """
+        given: dict[str, Any] = {
+            "target": options.get("coreml_target"),
+            "input": options.get("coreml_input"),
+            "activations": options.get("coreml_activations"),
+            "palettize": options.get("palettize"),
+            "labels": _labels(options.get("labels")),
+            "author": options.get("author"),
+            "license": options.get("license"),
+        }
+        for name, choices in _CHOICES.items():
+            if given[name] is not None and given[name] not in choices:
+                known = ", ".join(map(str, choices))
+                raise UsageError(f"Core ML has no {name} {given[name]!r}", f"choose one of {known}")
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+
+def _labels(given: Any) -> tuple[str, ...] | None:
+    """Class names from a sequence or a UTF-8 file."""
+    if given is None or isinstance(given, tuple | list):
+        return given if given is None else tuple(given)
+    try:
+        names = tuple(Path(given).read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read labels from {given}: {error}") from error
+    if not names or not all(name.strip() for name in names):
+        raise InputError(f"{given} must hold one class name a line, and no empty line")
+    return names

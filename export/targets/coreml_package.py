@@ -1,0 +1,85 @@
+"""Core ML: one .mlpackage for iPhone, iPad and Mac, or one for several image sizes that share weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from vit_export.artifacts import BuildRequest, BuiltArtifact, Precision, Program, Runnable, TargetProfile
+from vit_export.errors import UsageError
+from vit_export.export.coreml_options import CoreMLOptions
+from vit_export.export.target import Target
+
+
+class CoreMLTarget(Target):
+    """`model.mlpackage` (an ML program); fp16 and int8 compute in fp16, inputs and outputs are float32."""
+
+    name, package, extra = "coreml", "coremltools", "coreml"
+
+    def profile(self, precision: Precision, options: Mapping[str, Any]) -> TargetProfile:
+        """Per-tensor int8 activations, symmetric unless asked otherwise."""
+        asymmetric = CoreMLOptions.of(options).activations == "asymmetric"
+        return TargetProfile(
+            activations="asymmetric" if asymmetric else "symmetric",
+            opset=0,  # no ONNX on the way
+            attention="fused",
+            rest="float32" if precision is Precision.FP32 else "float16",
+        )
+
+    def _build(self, program: Program, request: BuildRequest) -> tuple[Path, Mapping[str, Any]]:
+        from vit_export.export.coreml_compress import count, palettize
+        from vit_export.export.coreml_convert import convert, quiet
+        from vit_export.export.coreml_metadata import describe, facts, finish
+
+        options = CoreMLOptions.of(request.options)
+        if options.input == "image" and (request.batch_size or 1) != 1:
+            raise UsageError("a Core ML package that takes images has batch 1", "use --coreml-input tensor")
+        converted = convert(program, request, options)
+        path = request.folder / "model.mlpackage"
+        with quiet():
+            model = palettize(converted.model, options) if options.palettize else converted.model
+            model.save(str(path))
+        spec = finish(path, describe(request, options), facts(program, request))
+        details = {
+            "deployment_target": options.target,
+            "input": options.input,
+            "labels": bool(options.labels),
+        }
+        if options.palettize or request.precision is Precision.INT8:
+            details |= asdict(count(spec, converted.names))
+        return path, details
+
+    def runnable(self, artifact: BuiltArtifact, threads: int) -> Runnable:
+        """Apple's runtime on macOS, elsewhere the reference interpreter."""
+        function = artifact.details.get("function")
+        return Runnable("coreml", artifact.path, threads, {"function": function} if function else {})
+
+    def not_timed(self) -> str:
+        """Only a Mac runs Core ML; the reference interpreter that stands in elsewhere has no speed."""
+        if sys.platform == "darwin":
+            return ""
+        return "Core ML speed is only measurable on a Mac (reference interpreter, not Apple's runtime)"
+
+    def combine(self, artifacts: Sequence[BuiltArtifact], folder: Path) -> tuple[BuiltArtifact, ...]:
+        """One package with a function a size, `size_224x224`, weights shared; the first is the default.
+
+        Gives the artifacts back as they are where Core ML has no such package: for a single size,
+        below iOS 18, and for classifiers.
+        """
+        from vit_export.export.coreml_functions import combine
+
+        facts = [artifact.details for artifact in artifacts]
+        if len(artifacts) < 2 or any(
+            fact["labels"] or fact["deployment_target"] == "iOS17" for fact in facts
+        ):
+            return tuple(artifacts)
+        names = [f"size_{height}x{width}" for height, width in (a.image_size for a in artifacts)]
+        path = combine({name: a.path for name, a in zip(names, artifacts, strict=True)}, folder)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return tuple(
+            replace(artifact, path=path, size_bytes=size, details={**artifact.details, "function": name})
+            for name, artifact in zip(names, artifacts, strict=True)
+        )
