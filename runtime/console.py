@@ -11,10 +11,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vit_export.runtime.report_cells import HEADERS, printable, rows, status, why
+from vit_export.runtime.gate import Check
+from vit_export.runtime.report_cells import HEADERS, number, printable, rows, status, why
 from vit_export.runtime.report_schema import Report
 
-STYLES = {"ship": "green", "hold": "red", "failed": "red", "not run": "yellow", "baseline": "dim"}
+STYLES = {
+    "ship": "green", "hold": "red", "not run": "yellow", "baseline": "dim",
+    "passed": "green", "failed": "red", "inconclusive": "yellow", "not_run": "yellow",
+}  # fmt: skip
 
 
 def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console:
@@ -41,6 +45,16 @@ def result_table(report: Report) -> Table:
         *cells, verdict = (printable(cell) for cell in row.cells)
         stacked = (Text(cell.replace(" [", "\n[")) for cell in cells)  # the interval under the drop
         table.add_row(*stacked, Text(verdict, STYLES.get(row.status, "")))
+    return table
+
+
+def gate_table(checks: Iterable[Check]) -> Table:
+    """One line a check of the gate: artifact, rule, value, outcome and why."""
+    table = _table(("artifact", "rule", "value", "outcome", "why"))
+    for check in checks:
+        name, rule, value = printable(check.result.name), check.rule.name, number(check.value, ".4g")
+        outcome = Text(check.outcome.replace("_", " "), STYLES[check.outcome])
+        table.add_row(Text(name), Text(rule), Text(value), outcome, Text(printable(check.reason)))
     return table
 
 

@@ -38,6 +38,9 @@ class OpenVinoRunner(Runner):
         self._core: Any = self._sdk("openvino").Core()
         self._model: Any = self._core.read_model(str(self.runnable.path))
         self._output: Any = self._choice.output or 0
+        outputs = sorted(name for output in self._model.outputs for name in output.names)
+        if self._choice.output and self._choice.output not in outputs:
+            raise RunnerError(f"the model has no output {self._choice.output}", f"it has {outputs}")
         self._requests: dict[int, Any] = {}
         signature = _signature(self._model.inputs)
         self._request(signature.batch or 1)  # refuse here, not at the first image

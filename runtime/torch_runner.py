@@ -19,7 +19,11 @@ class TorchOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TorchRunner(Runner):
-    """Runs a .pt2 program in eager mode. `threads` sets torch's intra-op threads for the process."""
+    """Runs a .pt2 program in eager mode. `threads` sets torch's intra-op threads for the process.
+
+    For programs that vit-export saved: torch.export.load may unpickle what an archive holds, so a
+    user's .pt2 is checked by models.program_source before anything comes here.
+    """
 
     package: ClassVar[str] = "torch"
     extra: ClassVar[str] = "export"

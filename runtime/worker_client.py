@@ -187,6 +187,8 @@ class Worker:
         self._kill()
         died = signal.Signals(-code).name if code is not None and code < 0 else None
         how = f"died with {died}" if died else f"ended with exit code {code}"
+        if died == "SIGKILL":
+            how += " (the system does that when memory runs out)"
         return WorkerCrash(f"{self._name} {how}", tuple(self._stderr), died)
 
     def _lost(self, what: str) -> WorkerCrash:

@@ -69,7 +69,7 @@ def test_known_noise_gives_known_sqnr():
 @given(flags)
 @settings(max_examples=60, deadline=None)
 def test_interval_holds_the_drop_and_mirrors(pair: tuple[np.ndarray, np.ndarray]):
-    """The interval contains the drop, has width, and swapping the two sides mirrors it, by chance to an image."""
+    """The interval contains the drop, has width, and swapping the sides mirrors it, to about an image."""
     before, after = pair
     drop = 100 * (before.mean() - after.mean())
     low, high = drop_interval(before, after, resamples=4000)

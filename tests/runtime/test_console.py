@@ -9,7 +9,8 @@ from rich.cells import cell_len
 
 from contracts.sample_report import latency, report, result
 from vit_export.artifacts import Precision
-from vit_export.runtime.console import make_console, plain_table, print_report
+from vit_export.runtime.console import gate_table, make_console, plain_table, print_report
+from vit_export.runtime.gate import gate
 from vit_export.runtime.report_cells import HEADERS, milliseconds, number, printable, rows
 
 
@@ -85,6 +86,16 @@ def test_three_digits(value: float | None, text: str):
 def test_no_negative_zero():
     """A drop of -0.04 points prints as 0.0."""
     assert [number(v, ".1f") for v in (-0.04, 0.0, -0.06, None)] == ["0.0", "0.0", "-0.1", "-"]
+
+
+def test_gate_table_fits(monkeypatch: pytest.MonkeyPatch):
+    """The gate's checks fit 80 columns, with rules as conditions and not as HTML."""
+    monkeypatch.setenv("COLUMNS", "80")
+    out = io.StringIO()
+    make_console(out).print(gate_table(gate(report(), report()).checks))
+    assert max(cell_len(line) for line in out.getvalue().splitlines()) <= 80
+    assert "<= 1" in out.getvalue()
+    assert "inconclusive" in out.getvalue()
 
 
 def test_plain_table_lists_text(monkeypatch: pytest.MonkeyPatch):

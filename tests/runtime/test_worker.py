@@ -76,6 +76,15 @@ def test_crash_is_told_with_its_signal():
     assert e.value.exit_code == 3
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_killed_worker_hints_at_memory():
+    """A worker that the system ends, as when memory runs out, is told as that."""
+    with Worker(fake()) as worker:
+        os.kill(worker._process.pid, signal.SIGKILL)
+        with pytest.raises(WorkerCrash, match=r"SIGKILL.*memory"):
+            worker.info()
+
+
 def test_exit_of_the_vendor_library_is_a_crash_with_its_last_words():
     """A library that prints and calls exit() leaves its last line in the error."""
     with Worker(fake(fault="exit")) as worker, pytest.raises(WorkerCrash, match="exit code 7") as caught:
