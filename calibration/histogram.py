@@ -17,6 +17,7 @@ Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _SMALLEST = -100  # exponent of the narrowest histogram; smaller values share its two middle bins
+_CHUNK = 1 << 18  # values counted at a time: their indices stay in the cache
 
 
 class Histogram:
@@ -48,9 +49,11 @@ class Histogram:
         import torch
 
         self._grow(math.frexp(magnitude)[1] if magnitude else _SMALLEST)
-        # The product is exact (a power of two) and so is floor: no value lands in its neighbour's bin.
-        index = values.mul(1.0 / self.width).floor_().add_(self.bins // 2).to(torch.int32)
-        self.counts += torch.bincount(index.flatten(), minlength=self.bins).numpy()
+        flat, scale, half = values.flatten(), 1.0 / self.width, self.bins // 2
+        for part in torch.tensor_split(flat, -(-flat.numel() // _CHUNK)):
+            # The product is exact (a power of two) and so is floor: no value lands in its neighbour's bin.
+            index = part.mul(scale).floor_().add_(half).to(torch.int32)
+            self.counts += torch.bincount(index, minlength=self.bins).numpy()
 
     def merge(self, other: Histogram) -> None:
         """Add the counts of another histogram with as many bins; the other stays as it is."""

@@ -18,7 +18,7 @@ from typing import IO, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vit_export.artifacts import Labels
 from vit_export.errors import InputError
@@ -94,7 +94,7 @@ def open_images(
     """
     if path.is_dir():
         source: ImageSource = FolderSource.open(path)
-    elif path.suffix == ".npz" and path.is_file():
+    elif path.suffix.lower() == ".npz" and path.is_file():
         from vit_export.calibration.npz import NpzSource
 
         source = NpzSource.open(path, split)
@@ -180,6 +180,8 @@ def decode(file: IO[bytes]) -> Image.Image:
                 raise BadImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
             ImageOps.exif_transpose(image, in_place=True)
             return as_rgb(image)
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image of a format that is read") from error
     except _UNREADABLE as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 

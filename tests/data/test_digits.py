@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -82,3 +84,22 @@ def test_images_are_the_digits_without_overlap() -> None:
         assert not seen & set(contents)
         seen |= set(contents)
     assert len(seen) == 700
+
+
+def test_the_script_splits_into_the_shipped_images() -> None:
+    """The training script's seeded split is the shipped one, and its training images are in neither set."""
+    spec = importlib.util.spec_from_file_location(
+        "train", DIGITS_IMAGES.parent / "training/train_digits_vit.py"
+    )
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # its dataclasses look their module up
+    spec.loader.exec_module(script)
+    train, calib, held = script.load_splits()
+    shipped: set[bytes] = set()
+    for split, made in {"calib": calib, "eval": held}.items():
+        source = open_images(DIGITS_IMAGES, split=split)
+        np.testing.assert_array_equal(made.labels, source.labels)
+        assert [image.tobytes() for image in made.images] == list(source.contents())
+        shipped |= set(source.contents())
+    assert len(train.images) == 1097 and not shipped & {image.tobytes() for image in train.images}
