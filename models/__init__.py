@@ -12,12 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module, util
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from vit_export.artifacts import LoadedModel, Size
 from vit_export.errors import MissingExtra, UsageError
 from vit_export.models.config import AdaptConfig, LoadOptions, PosEmbedMode
 
-__all__ = ["AdaptConfig", "LoadOptions", "PosEmbedMode", "adapt", "load"]
+if TYPE_CHECKING:
+    from vit_export.models.catalog import ModelRow
+
+__all__ = ["AdaptConfig", "LoadOptions", "PosEmbedMode", "adapt", "available", "describe", "load"]
 
 # What a SPEC starts or ends with → the module whose `load(name, options)` reads it.
 PREFIXES: Mapping[str, str] = {
@@ -49,6 +53,22 @@ def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> 
     from vit_export.models.adapt import adapt as _adapt
 
     return _adapt(model, size, config)
+
+
+def available(pattern: str | None = None) -> list[ModelRow]:
+    """What can be named as a SPEC, all or what matches a glob or part of a name; see `models.catalog`."""
+    _require_torch()
+    from vit_export.models.catalog import available as _available
+
+    return _available(pattern)
+
+
+def describe(spec: str) -> ModelRow:
+    """Native size, size step and position scheme of one model; see `models.catalog`."""
+    _require_torch()
+    from vit_export.models.catalog import describe as _describe
+
+    return _describe(spec)
 
 
 def _source(spec: str) -> tuple[str, str]:

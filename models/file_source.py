@@ -16,10 +16,7 @@ from vit_export.artifacts import LoadedModel, Preprocessing
 from vit_export.errors import InputError, UsageError
 from vit_export.models.checkpoint import load_checkpoint
 from vit_export.models.config import LoadOptions
-from vit_export.models.finish import finish
-
-# A module that does not say how its images are prepared: ImageNet's statistics, the most common choice.
-_ASSUMED = Preprocessing(size=(224, 224), crop_pct=0.875)
+from vit_export.models.finish import assumed, finish
 
 
 def load(name: str, options: LoadOptions) -> LoadedModel:
@@ -101,11 +98,7 @@ def _preprocessing(
             from vit_export.models.timm_source import preprocessing_of
 
             return preprocessing_of(part), ()
-    if options.mean is not None and options.std is not None:
-        return _ASSUMED, ()
-    return _ASSUMED, (
-        "preprocessing assumed: ImageNet mean and std (--mean, --std, --interpolation, --crop-pct)",
-    )
+    return assumed(options)
 
 
 def _said(error: Exception) -> str:

@@ -24,17 +24,21 @@ def finish(
     options: LoadOptions,
     size: Size | None = None,
     num_classes: int | None = None,
+    batch: int = 2,
     notes: tuple[str, ...] = (),
 ) -> LoadedModel:
     """Make a loaded module a LoadedModel.
 
     size: what the module takes, where the source knows it; the module's own statement wins. It replaces
     preprocessing.size.
+    batch: the batch the module takes, where its code fixes it.
     num_classes: where the source knows it (0: no classifier); None to conclude it from the output.
 
     Raises NumericsError on NaN or Inf weights, InputError when forward gives no usable output.
     """
-    module.eval().requires_grad_(False)
+    if module.training:
+        module.eval()
+    module.requires_grad_(False)
     if not all(p.dtype is torch.float32 for p in module.parameters()):
         module.float()
     check_finite(module)
@@ -42,7 +46,7 @@ def finish(
     resizer = resizers.find(module, size, config)
     resizer.prepare()
     geometry = resizer.geometry()
-    choice = select_output(module, geometry.size)
+    choice = select_output(module, geometry.size, batch)
     return LoadedModel(
         module=module,
         spec="",
@@ -54,6 +58,16 @@ def finish(
         positions=resizer.scheme(),
         output=choice.words,
         notes=notes,
+    )
+
+
+def assumed(options: LoadOptions) -> tuple[Preprocessing, tuple[str, ...]]:
+    """ImageNet's statistics for a model that does not say how its images are prepared, and a note on it."""
+    preprocessing = Preprocessing(size=(224, 224), crop_pct=0.875)
+    if options.mean is not None and options.std is not None:
+        return preprocessing, ()
+    return preprocessing, (
+        "preprocessing assumed: ImageNet mean and std, bicubic; --mean, --std, ... change it",
     )
 
 

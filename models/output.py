@@ -55,21 +55,20 @@ class Choice:
         return tensor.mean((2, 3)) if self.pool == "mean of pixels" else tensor
 
 
-def select_output(module: nn.Module, size: Size) -> Choice:
-    """Run `module` once on zeros [2, 3, H, W] and make its forward return one [N, K] tensor.
+def select_output(module: nn.Module, size: Size, batch: int = 2) -> Choice:
+    """Run `module` once on zeros [batch, 3, H, W] and make its forward return one [N, K] tensor.
 
     Raises InputError when the module cannot run or returns nothing that looks like scores or features.
     """
-    result = run(module, size)
-    choice = _choose(result, module)
+    choice = _choose(run(module, size, batch), module, batch)
     if choice.path or choice.pool:
         _take_in_forward(module, choice)
     return choice
 
 
-def run(module: nn.Module, size: Size) -> Any:
-    """forward on zeros, float32 [2, 3, H, W], without gradients. Raises InputError with the reason."""
-    images = torch.zeros(2, 3, *size)
+def run(module: nn.Module, size: Size, batch: int = 2) -> Any:
+    """forward on zeros, float32 [batch, 3, H, W], without gradients. Raises InputError with the reason."""
+    images = torch.zeros(batch, 3, *size)
     try:
         with torch.no_grad():
             return module(images)
@@ -81,8 +80,8 @@ def run(module: nn.Module, size: Size) -> Any:
         ) from error
 
 
-def _choose(result: Any, module: nn.Module) -> Choice:
-    found = [(path, t) for path, t in _tensors(result) if t.ndim in (2, 3, 4) and t.shape[0] == 2]
+def _choose(result: Any, module: nn.Module, batch: int) -> Choice:
+    found = [(path, t) for path, t in _tensors(result) if t.ndim in (2, 3, 4) and t.shape[0] == batch]
     if not found:
         raise InputError(
             f"{type(module).__name__} returns no [batch, classes] or feature tensor: {_shapes(result)}",

@@ -22,6 +22,8 @@ from vit_export.models.positions import Table
 
 # Class of a module, by its own path or a base's → "module:Resizer". The first match on the MRO wins.
 RESIZERS: Mapping[str, str] = {
+    "torch.fx.graph_module.GraphModule": "fixed:Fixed",
+    "vit_export.models.onnx_module.OnnxModule": "fixed:Fixed",
     "timm.models.swin_transformer.SwinTransformer": "timm_resize:TimmSwin",
     "timm.models.swin_transformer_v2.SwinTransformerV2": "timm_resize:TimmSwin",
     "timm.models.pvt_v2.PyramidVisionTransformerV2": "timm_resize:TimmFree",
