@@ -2,11 +2,11 @@
 
 Protocol. Every artifact runs in a process of its own, all with the same input, batch and thread count.
 The processes are opened one after another and then take turns: A B C, A B C, ... for `rounds` rounds. A
-turn is a warm-up (at least `warmup` calls) and then timed calls, at least `runs` of them and at least
-`min_seconds / rounds` seconds; an artifact so slow that this would take longer than `max_seconds` in all
-gets fewer. Only one process is active at a time: the others wait for a line on stdin, which uses no CPU,
-and a short pause before each turn lets the thread pool of the one before fall asleep. Times are
-`perf_counter_ns` around the runtime's synchronous call, input ready and output on the host.
+turn is a warm-up (at least `warmup` calls and a tenth of a second), then timed calls: at least `runs` of
+them and at least `min_seconds / rounds` seconds; an artifact so slow that this would take longer than
+`max_seconds` in all gets fewer. Only one process is active at a time: the others wait for a line on stdin,
+which uses no CPU, and a short pause before each turn lets the thread pool of the one before fall asleep.
+Times are `perf_counter_ns` around the runtime's synchronous call, input ready and output on the host.
 Percentiles are over the calls of all rounds; speed-ups are ratios of medians of one such run, because
 frequency, neighbours and cache state then weigh on both sides alike. p90/p50 above 1.5 is `unstable`.
 
@@ -33,7 +33,7 @@ from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.worker_client import Worker
 
 UNSTABLE = 1.5
-SETTLE_SECONDS = 0.1
+SETTLE_SECONDS = 0.2  # measured: PyTorch, ONNX Runtime and OpenVINO use no CPU 0.15 s after a call
 
 Nanoseconds = npt.NDArray[np.int64]
 

@@ -217,12 +217,21 @@ class Report(Part, frozen=True, kw_only=True):
 
 def encode(report: Report) -> bytes:
     """The report as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+    return msgspec.json.format(msgspec.json.encode(report, enc_hook=_plain), indent=2) + b"\n"
 
 
 def decode(data: bytes) -> Report:
     """A report from JSON. Raises msgspec.ValidationError (wrong) or msgspec.DecodeError (not JSON)."""
     return msgspec.json.decode(data, type=Report)
+
+
+def _plain(value: Any) -> Any:
+    """What builders put into `details` besides JSON's own types: numpy scalars and paths."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return value.as_posix()
+    raise TypeError(f"a report cannot hold a {type(value).__name__}")
 
 
 def json_schema() -> bytes:

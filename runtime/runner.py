@@ -35,6 +35,8 @@ RUNNERS: Mapping[str, str] = {
     "fake": "vit_export.runtime.fake_runner:FakeRunner",
 }
 
+WARMUP_SECONDS = 0.1  # five calls of a small model would leave the processor's clock low
+
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 
@@ -149,8 +151,9 @@ class Runner(ABC):
         min_seconds: float = 0.0,
         max_seconds: float = float("inf"),
     ) -> npt.NDArray[np.int64]:
-        """Nanoseconds of single calls on `images` (float32 [batch, 3, H, W]), after `warmup` calls.
+        """Nanoseconds of single calls on `images` (float32 [batch, 3, H, W]).
 
+        Before them, at least `warmup` calls and WARMUP_SECONDS of them (none for 0).
         At least `runs` calls and `min_seconds` of them; `max_seconds`, of warm-up and calls alike, ends
         both early but never before one call. Only the runtime's call is timed, not the checks around
         it. Raises RunnerError, or UsageError if the artifact is built for another batch.
@@ -158,7 +161,8 @@ class Runner(ABC):
         if self.signature.batch not in (None, len(images)):
             raise UsageError(f"this artifact takes batch {self.signature.batch}, asked for {len(images)}")
         self.infer(images)
-        self._timed(images, warmup, 0.0, max_seconds)
+        if warmup:
+            self._timed(images, warmup, WARMUP_SECONDS, max_seconds)
         collecting = gc.isenabled()
         gc.disable()  # a collection inside a run would be our time, not the runtime's
         try:

@@ -41,7 +41,7 @@ def test_a_failing_runtime_does_not_disturb_the_others(monkeypatch: pytest.Monke
         {
             "missing": fake(fault="missing", fault_at="open"),
             "fine": fake(),
-            "crash": fake(fault="crash", fault_after=6),
+            "crash": fake(delay_ms=20, fault="crash", fault_after=12),  # nine or ten calls a round
         },
         rounds=3, warmup=1, runs=3, min_seconds=0,
     )  # fmt: skip

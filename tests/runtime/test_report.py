@@ -114,6 +114,14 @@ def test_write_then_read_gives_the_same_report(tmp_path: Path):
     assert read(tmp_path / "out" / "report.json") == made
 
 
+def test_details_may_hold_numpy_and_paths():
+    """Facts of a build are written as plain JSON; what has no plain form is an error, not a guess."""
+    text = report_schema.encode(report(result(details={"n": np.int64(3), "path": Path("a") / "b"})))
+    assert json.loads(text)["results"][0]["details"] == {"n": 3, "path": "a/b"}
+    with pytest.raises(TypeError, match="object"):
+        report_schema.encode(report(result(details={"x": object()})))
+
+
 def test_nothing_is_written_if_one_format_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A format that cannot be rendered leaves no report half there."""
     monkeypatch.setitem(WRITERS, "md", ("report.md", "vit_export.runtime.report_schema:absent"))
