@@ -1,4 +1,4 @@
-"""The command line: parse, call the pipeline, print, exit. Imports no SDK, and no stage before it is needed."""
+"""The command line: parse, call the pipeline, print, exit. Imports no SDK, and stages only when needed."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
             values = tomllib.loads(path.read_text("utf-8"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read --config {path}: {error}") from error
-        known = {p.name for p in context.command.params}
-        named = {key.replace("-", "_"): value for key, value in values.items()}
-        if unknown := sorted(named.keys() - known):
+        names = {flag.lstrip("-"): p.name for p in context.command.params for flag in p.opts}
+        if unknown := sorted(values.keys() - names.keys()):
             raise UsageError(f"--config {path}: unknown key {unknown[0]}", "keys are option names without --")
-        context.default_map = {**(context.default_map or {}), **named}
+        context.default_map = {names[key]: value for key, value in values.items()}
     return path
 
 
@@ -62,7 +61,8 @@ def export(
     model: Annotated[
         str,
         typer.Option(
-            help="SPEC: digits-vit, timm:NAME, hf:DIR_OR_ID, torchvision:NAME, file.py:FACTORY, model.onnx, program.pt2"
+            help="SPEC: digits-vit, timm:NAME, hf:DIR_OR_ID, torchvision:NAME, file.py:FACTORY, "
+            "model.onnx, program.pt2"
         ),
     ] = "digits-vit",
     checkpoint: Annotated[
@@ -311,7 +311,10 @@ def _precisions(options: dict[str, Any]) -> tuple[Precision, ...]:
 
 
 def _observer(method: str) -> Any:
-    from vit_export.calibration.observers import EntropyConfig, MinMaxConfig, MseConfig, PercentileConfig
+    from vit_export.calibration.entropy import EntropyConfig
+    from vit_export.calibration.mse import MseConfig
+    from vit_export.calibration.observers import MinMaxConfig
+    from vit_export.calibration.percentile import PercentileConfig
 
     configs = {c.method: c for c in (MinMaxConfig, PercentileConfig, MseConfig, EntropyConfig)}
     if method not in configs:

@@ -81,8 +81,8 @@ def open_sources(job: ExportJob) -> ImageSources:
     quantised = Precision.INT8 in job.precisions
     if job.model == DEFAULT and job.calib is None and job.evaluation is None:
         calib = open_images(DIGITS_IMAGES, limit=job.calib_size, seed=job.seed, split="calib")
-        evaluation = open_images(DIGITS_IMAGES, limit=job.eval_size, seed=job.seed, split="eval")
-        return ImageSources(calib if quantised else None, evaluation)
+        judged = open_images(DIGITS_IMAGES, limit=job.eval_size, seed=job.seed, split="eval")
+        return ImageSources(calib if quantised else None, judged)
     if quantised and job.calib is None:
         raise UsageError(
             "--int8 needs calibration images", "--calib FOLDER (or .npz) of typical inputs, 64 or more"

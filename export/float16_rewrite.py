@@ -65,7 +65,7 @@ class HalfRewrite:
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor(half))
         for value in node.outputs:
             if value.dtype == FLOAT:
-                value.dtype = HALF
+                value.type = ir.TensorType(HALF)
 
     def _as(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         """`value` in the wanted type: itself, a converted constant, or one shared Cast."""
@@ -79,7 +79,7 @@ class HalfRewrite:
     def _convert_constant(self, value: ir.Value) -> None:
         """An initialiser that only float16 nodes read, under its own name."""
         value.const_value = ir.tensor(self._half(value), name=value.name)
-        value.dtype = HALF
+        value.type = ir.TensorType(HALF)
 
     def _copy_constant(self, value: ir.Value) -> ir.Value:
         """A float16 initialiser beside the float32 one that other nodes read."""
@@ -100,7 +100,7 @@ class HalfRewrite:
         kind = "Float32" if wanted == FLOAT else "Float16"
         cast = ir.node("Cast", [value], attributes={"to": int(wanted)}, name=f"{value.name}/To{kind}")
         out = cast.outputs[0]
-        out.name, out.dtype, out.shape = f"{value.name}.{kind.lower()}", wanted, value.shape
+        out.name, out.type, out.shape = f"{value.name}.{kind.lower()}", ir.TensorType(wanted), value.shape
         producer = value.producer()
         if producer is None:
             self._graph.insert_before(self._graph[0], cast)

@@ -73,18 +73,20 @@ def fold_constants(edit: Edit) -> None:
             edit.graph.erase_node(node)
 
 
-def _evaluate(edit: Edit, node: Node, known: dict[Node, Tensor | tuple[Tensor, ...]]) -> object:
+def _evaluate(
+    edit: Edit, node: Node, known: dict[Node, Tensor | tuple[Tensor, ...]]
+) -> Tensor | tuple[Tensor, ...] | None:
     if node.op == "get_attr":
         return edit.tensor(node)
     inputs = node.all_input_nodes
-    if node.op != "call_function" or node.target in _RANDOM or any(i not in known for i in inputs):
+    if not callable(node.target) or node.target in _RANDOM or any(i not in known for i in inputs):
         return None
     if not inputs and not _makes_tensor(node):
         return None
     with torch.no_grad():
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
         value = node.target(*args, **kwargs)
-    return value if isinstance(value, Tensor | tuple | list) else None
+    return tuple(value) if isinstance(value, list) else value if isinstance(value, Tensor | tuple) else None
 
 
 def _makes_tensor(node: Node) -> bool:

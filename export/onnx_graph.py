@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from torch.export import ExportedProgram
 
 from vit_export.artifacts import Program, TargetProfile
 from vit_export.errors import TargetError, UnsupportedOperator
-from vit_export.export.graph import exact_attention
+from vit_export.export.graph import exact_attention, module_path
 from vit_export.export.onnx_passes import PASSES
 from vit_export.export.program import exported
 
@@ -21,6 +23,7 @@ INPUT, OUTPUT = "images", "logits"
 _IR_VERSION = 10  # readable by every ONNX Runtime since 1.18
 _EXTERNAL_ABOVE = 1_900_000_000  # bytes; protobuf stops at 2^31
 _OPSETS = range(17, 24)
+_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 
 
 def to_onnx(program: Program, profile: TargetProfile, *, batch_size: int | None = None) -> ir.Model:
@@ -47,7 +50,7 @@ def to_onnx(program: Program, profile: TargetProfile, *, batch_size: int | None 
                 verbose=False,
             )
     except Exception as error:  # the exporter raises several private types
-        raise _explained(error) from error
+        raise _explained(error, source) from error
     assert result is not None
     model = result.model
     model.ir_version = _IR_VERSION
@@ -84,33 +87,24 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _explained(error: BaseException) -> TargetError:
+def _explained(error: BaseException, source: ExportedProgram) -> TargetError:
     """Name the operator and the module path behind an exporter failure."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    for link in chain:
-        node = getattr(link, "node", None)
-        text = str(link)
-        if "No ONNX function found" in text or "No decompositions" in text or "not supported" in text:
+    for text in map(str, chain):
+        if operator := _OPERATOR.search(text):
             return UnsupportedOperator(
-                f"ONNX has no translation for {_between(text)}{_where(node, text)}",
-                "replace the operator in the model, or leave the module out of the exported forward",
+                f"ONNX has no translation for {operator[1]} in {_module_of(operator[1], source)}",
+                "replace the operator in the model, or leave its module out of the exported forward",
             )
     lines = str(chain[-1]).strip().splitlines()
     return TargetError(f"the ONNX exporter failed: {lines[0][:300] if lines else type(error).__name__}")
 
 
-def _between(text: str) -> str:
-    for opening, closing in (("OpOverload(op='", "'"), ("found for ", ".")):
-        if opening in text:
-            return text.split(opening, 1)[1].split(closing, 1)[0]
-    return text.splitlines()[0][:120]
-
-
-def _where(node: object, text: str) -> str:
-    from vit_export.export.graph import module_path
-
-    if isinstance(node, torch.fx.Node):
-        return f" in {module_path(node) or 'the top module'}"
-    return ""
+def _module_of(operator: str, source: ExportedProgram) -> str:
+    """The module whose forward calls an operator, which may appear only after decomposition."""
+    for node in source.run_decompositions().graph.nodes:
+        if str(node.target).startswith(operator):
+            return module_path(node) or "the top module"
+    return "an unknown module"

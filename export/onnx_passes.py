@@ -17,6 +17,50 @@ from onnx_ir.passes import common
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
+def split_quantized_gemm(model: ir.Model) -> None:
+    """Gemm with a dequantised weight becomes MatMul and Sub of the negated bias.
+
+    ONNX Runtime takes a Gemm to integers only when its bias is quantised too, which TensorRT refuses;
+    and it joins a two-dimensional MatMul and Add to a Gemm before it looks for integers.
+    """
+    for node in list(model.graph):
+        weight = node.inputs[1].producer() if node.op_type == "Gemm" and node.inputs[1] else None
+        if weight is None or weight.op_type != "DequantizeLinear":
+            continue
+        settings = {n: node.attributes.get_float(n, 1.0) for n in ("alpha", "beta")}
+        if node.attributes.get_int("transA", 0) or set(settings.values()) != {1.0}:
+            continue
+        if len(node.inputs) > 2 and node.inputs[2] is not None and constant(node.inputs[2]) is None:
+            continue
+        right = node.inputs[1]
+        if node.attributes.get_int("transB", 0):
+            turn = _like(node, "Transpose", [right], {"perm": [1, 0]})
+            right = turn.outputs[0]
+        product = _like(node, "MatMul", [node.inputs[0], right]).outputs[0]
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        stored = constant(bias)
+        if bias is not None and stored is not None:
+            product.type = node.outputs[0].type
+            product = _like(node, "Sub", [product, _negated(model, bias, stored)]).outputs[0]
+        replace(node, product)
+
+
+def _negated(model: ir.Model, value: ir.Value, stored: npt.NDArray[np.generic]) -> ir.Value:
+    name = f"{value.name}.negative"
+    known = model.graph.initializers.get(name)
+    return known if known is not None else add_initializer(model, name, np.negative(stored))
+
+
+def _like(
+    node: ir.Node, kind: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object] | None = None
+) -> ir.Node:
+    """A node of another kind that stands before `node` and comes from the same module."""
+    made = ir.node(kind, inputs, attributes=attributes or {}, metadata_props=dict(node.metadata_props))
+    assert node.graph is not None
+    node.graph.insert_before(node, made)
+    return made
+
+
 def fold_weight_transposes(model: ir.Model) -> None:
     """DequantizeLinear(W) → Transpose becomes DequantizeLinear(Wᵀ) with the axis moved.
 
@@ -35,13 +79,10 @@ def fold_weight_transposes(model: ir.Model) -> None:
         name = f"{weight.name}.T"
         if name not in graph.initializers:
             add_initializer(model, name, np.ascontiguousarray(stored.T))
-        turned = ir.node(
-            "DequantizeLinear",
-            [graph.initializers[name], *source.inputs[1:]],
-            attributes={"axis": 1 - source.attributes.get_int("axis", 1)},
-            metadata_props=dict(node.metadata_props),
+        axis = 1 - (source.attributes.get_int("axis", 1) or 0)
+        turned = _like(
+            node, "DequantizeLinear", [graph.initializers[name], *source.inputs[1:]], {"axis": axis}
         )
-        graph.insert_before(node, turned)
         replace(node, turned.outputs[0])
 
 
@@ -63,10 +104,7 @@ def merge_heads(model: ir.Model) -> None:
         if len(heads) != 1:
             continue
         if all(value is values[0] for value in values) and joined == [0, 1, 2]:
-            split = ir.node("Split", [values[0]], attributes={"axis": -1, "num_outputs": 3}, num_outputs=3)
-            split.metadata_props.update(node.metadata_props)
-            model.graph.insert_before(node, split)
-            values = list(split.outputs)
+            values = list(_split(node, values[0], 3))
         elif joined != [None, None, None]:
             continue
         for index, value in enumerate(values):
@@ -76,6 +114,15 @@ def merge_heads(model: ir.Model) -> None:
         node.attributes.add(ir.AttrInt64("kv_num_heads", count))
         node.outputs[0].shape = merged.shape
         merged.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+
+
+def _split(node: ir.Node, value: ir.Value, parts: int) -> Sequence[ir.Value]:
+    """`value` cut into equal parts on its last axis, before `node`."""
+    made = ir.node("Split", [value], attributes={"axis": -1, "num_outputs": parts}, num_outputs=parts)
+    made.metadata_props.update(node.metadata_props)
+    assert node.graph is not None
+    node.graph.insert_before(node, made)
+    return made.outputs
 
 
 def _head_source(value: ir.Value | None) -> tuple[ir.Value, int, int | None] | None:
@@ -181,6 +228,7 @@ def remove_unused(model: ir.Model) -> None:
 
 
 PASSES: tuple[Callable[[ir.Model], None], ...] = (
+    split_quantized_gemm,
     fold_weight_transposes,
     merge_heads,
     remove_unused,

@@ -10,41 +10,56 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from vit_export.artifacts import Images
+from vit_export.artifacts import Images, Logits
 from vit_export.errors import MissingExtra, NumericsError
 
 _SUFFIX = "/vit_export.peak"
 
 
-def measure_peaks(graph: Path, batches: Iterable[Images], threads: int = 0) -> Mapping[str, float]:
-    """max |x| by tensor name over all `batches` (float32 NCHW), graph inputs and constants excluded.
+def measure_peaks(model: ir.Model, batches: Iterable[Images], threads: int = 0) -> Mapping[str, float]:
+    """max |x| by tensor name over all `batches` (float32 NCHW); graph inputs and constants excluded.
 
     Raises NumericsError naming the first tensor that was NaN or Inf, MissingExtra without ONNX Runtime.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtra("onnxruntime", "onnxruntime") from error
-    model = ir.load(graph)
     source = model.graph.inputs[0].name
-    names = _watch(model.graph)
     with TemporaryDirectory() as folder:
-        watched = Path(folder) / "watched.onnx"
-        ir.save(model, watched, external_data="watched.data")
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = threads
-        session = ort.InferenceSession(str(watched), options, providers=["CPUExecutionProvider"])
+        path = Path(folder) / "watched.onnx"
+        watched = model.clone()
+        names = _watch(watched.graph)
+        ir.save(watched, path, external_data="watched.data")
+        session = _session(path, threads)
         peaks = np.zeros(len(names), np.float32)
         for images in batches:
             seen = np.asarray(session.run([name + _SUFFIX for name in names], {source: images}))
             _check_finite(names, seen)
             peaks = np.maximum(peaks, seen)
     return dict(zip(names, peaks.tolist(), strict=True))
+
+
+def run_graph(path: Path, images: Images, threads: int = 0) -> Logits:
+    """The first output of an ONNX file on float32 NCHW images, in ONNX Runtime without optimisation."""
+    session = _session(path, threads)
+    logits: Logits = session.run(None, {session.get_inputs()[0].name: images})[0]
+    return logits
+
+
+def _session(path: Path, threads: int) -> Any:
+    """A session that runs the nodes as they are written, not what a runtime would make of them."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingExtra("onnxruntime", "onnxruntime") from error
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _watch(graph: ir.Graph) -> list[str]:
@@ -64,7 +79,7 @@ def _watch(graph: ir.Graph) -> list[str]:
     return names
 
 
-def _check_finite(names: list[str], seen: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> None:
+def _check_finite(names: list[str], seen: npt.NDArray[np.float32]) -> None:
     bad = np.flatnonzero(~np.isfinite(seen))
     if len(bad):
         raise NumericsError(

@@ -28,22 +28,36 @@ def trace(model: LoadedModel, *, batch_size: int = 1, dynamic_batch: bool = True
     instead and the program's notes say so.
 
     Raises TargetError when torch.export cannot trace the model, ParityError when the folded graph
-    differs from the module, NumericsError-free inputs are the caller's duty.
+    differs from the module.
     """
     notes: tuple[str, ...] = ()
-    try:
-        exported = _export(model.module, model.image_size, 2 if dynamic_batch else batch_size, dynamic_batch)
-    except Exception as error:
-        if not dynamic_batch:
-            raise TargetError(f"torch.export cannot trace {model.spec}: {_first_line(error)}") from error
-        try:
-            exported = _export(model.module, model.image_size, batch_size, dynamic=False)
-        except Exception as again:
-            raise TargetError(f"torch.export cannot trace {model.spec}: {_first_line(again)}") from again
-        dynamic_batch = False
+    if dynamic_batch:
+        source = _try_export(model, 2, dynamic=True)
+        if isinstance(source, ExportedProgram) and _takes_any_batch(model, source):
+            return _program(model, source, batch_size, dynamic=True, notes=notes)
         notes = (f"the model's code fixes the batch: exported for batch {batch_size} only",)
-    graph = fold(_plain(exported))
-    return _program(model, exported, graph, batch_size, dynamic_batch, notes)
+    source = _try_export(model, batch_size, dynamic=False)
+    if isinstance(source, Exception):
+        raise TargetError(f"torch.export cannot trace {model.spec}: {_first_line(source)}") from source
+    return _program(model, source, batch_size, dynamic=False, notes=notes)
+
+
+def _try_export(model: LoadedModel, batch: int, *, dynamic: bool) -> ExportedProgram | Exception:
+    try:
+        return _export(model.module, model.image_size, batch, dynamic)
+    except Exception as error:  # noqa: BLE001 - torch.export raises many types; all mean "not traceable so"
+        return error
+
+
+@torch.inference_mode()
+def _takes_any_batch(model: LoadedModel, source: ExportedProgram) -> bool:
+    """Whether two images at once give what each gives alone: some traces only look dynamic."""
+    images = example(model.image_size, 2)
+    together = source.module(check_guards=False)(images)
+    if len(together) != 2:
+        return False
+    alone = torch.cat([model.module(image[None]) for image in images])
+    return relative_difference(alone, together) < PARITY
 
 
 def fold(graph: GraphModule) -> GraphModule:
@@ -74,6 +88,7 @@ def example(size: Size, batch: int) -> Tensor:
 
 def relative_difference(reference: Tensor, other: Tensor) -> float:
     """max |a - b| / max |a|."""
+    reference, other = reference.detach(), other.detach()
     return float((reference - other).abs().max() / reference.abs().max().clamp_min(1e-12))
 
 
@@ -100,34 +115,27 @@ def _plain(exported: ExportedProgram) -> GraphModule:
 
 
 def _program(
-    model: LoadedModel,
-    source: ExportedProgram,
-    graph: GraphModule,
-    batch_size: int,
-    dynamic: bool,
-    notes: tuple[str, ...],
+    model: LoadedModel, source: ExportedProgram, batch_size: int, *, dynamic: bool, notes: tuple[str, ...]
 ) -> Program:
-    images = example(model.image_size, 1 if dynamic else batch_size)
-    with torch.inference_mode():
-        reference = model.module(images)
+    graph = fold(_plain(source))
+    count = 1 if dynamic else batch_size
+    images = example(model.image_size, count)
     output, shapes = Shapes(graph)(images)
-    difference = relative_difference(reference, output)
+    with torch.inference_mode():
+        difference = relative_difference(model.module(images), output)
     if not difference < PARITY:
         raise ParityError(
             f"the traced graph differs from {model.spec} by {difference:.2e} (limit {PARITY:g})"
         )
-    per_image = 1 if dynamic else batch_size
     layers = find_layers(graph, shapes)
-    if per_image > 1:
-        layers = tuple(replace(layer, macs=layer.macs // per_image) for layer in layers)
     return Program(
         graph=graph,
         source=source,
-        layers=layers,
+        layers=tuple(replace(layer, macs=layer.macs // count) for layer in layers),
         image_size=model.image_size,
         dynamic_batch=dynamic,
         batch_size=batch_size,
-        attention_macs=attention_macs(graph, shapes) // per_image,
+        attention_macs=attention_macs(graph, shapes) // count,
         notes=notes,
     )
 

@@ -48,7 +48,7 @@ def to_float16(
 ) -> HalfReport:
     """Convert `model` in place and say what stayed float32.
 
-    peaks: max |x| by tensor name (peaks.measure_peaks). Without it every normalisation stays float32
+    peaks: max |x| by tensor name (measure_peaks). Without it every normalisation stays float32
     and no other overflow is foreseen. keep: globs over node names and their module paths.
     Raises UnsupportedOperator for control flow, TargetError for Q/DQ below opset 19.
     """

@@ -3,40 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
-from vit_export.artifacts import TargetProfile
+from vit_export.artifacts import Images, Precision
+from vit_export.errors import UsageError
 from vit_export.export.peaks import measure_peaks
 from vit_export.export.to_float16 import to_float16
+from vit_export.export.trt_attention import ENOUGH_DB, agreement_db, attentions, quantize_attention
 from vit_export.export.trt_errors import module_path
 
+Int8Attention = Literal["auto", "on", "off"]
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
-def strongly_typed(model: ir.Model, profile: TargetProfile, options: Mapping[str, Any]) -> dict[str, Any]:
+def strongly_typed(
+    model: ir.Model, precision: Precision, samples: Images | None, int8_attention: Int8Attention
+) -> dict[str, Any]:
     """Give every tensor the type it is computed in, in place; facts for the report.
 
-    options["samples"]: some calibration images (float32 NCHW); with them float32 is left only where
-    they show that float16 overflows, without them at every normalisation.
+    samples: some calibration images (float32 [n, 3, H, W]). With them float32 is left only where they
+    show that float16 overflows, without them at every normalisation.
     """
-    if profile.rest == "float32":
+    if precision is Precision.FP32:
         return {}
-    samples = options.get("samples")
-    peaks = None if samples is None else peaks_of(model, samples)
+    peaks = None
+    if samples is not None:
+        peaks = measure_peaks(model, (samples[i : i + 1] for i in range(len(samples))))
+    facts: dict[str, Any] = {}
+    if precision is Precision.INT8:
+        facts["int8_attention"] = _attention(model, peaks, samples, int8_attention)
     report = to_float16(model, peaks)
-    return {"kept_float32": dict(report.kept), "saturated": list(report.saturated)}
+    return {**facts, "kept_float32": dict(report.kept), "saturated": list(report.saturated)}
 
 
-def peaks_of(model: ir.Model, images: Any) -> Mapping[str, float]:
-    """measure_peaks of a model in memory, one image at a time."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "float32.onnx"
-        ir.save(model, path, external_data="float32.data")
-        return measure_peaks(path, (images[i : i + 1] for i in range(len(images))))
+def _attention(
+    model: ir.Model, peaks: Mapping[str, float] | None, samples: Images | None, wanted: Int8Attention
+) -> str:
+    """Quantise attention as asked; in words what was done and why."""
+    if wanted == "off":
+        return "float16 (--int8-attention off)"
+    if peaks is None or samples is None:
+        if wanted == "on":
+            raise UsageError("--int8-attention on needs calibration images", "give them with --calib")
+        return "float16 (no calibration images to choose by)"
+    if wanted == "on":
+        return f"int8 in {quantize_attention(model, peaks, all_of_them=True)} blocks (--int8-attention on)"
+    found = list(attentions(model.graph))
+    if not any(attention.fusable for attention in found):
+        tokens = max((attention.tokens for attention in found), default=0)
+        return f"float16 (TensorRT fuses no int8 attention of {tokens} tokens)" if found else "none found"
+    trial = model.clone()
+    count = quantize_attention(trial, peaks)
+    quality = agreement_db(model, trial, samples)
+    if quality < ENOUGH_DB:
+        return f"float16 (int8 would leave {quality:.1f} dB of {ENOUGH_DB:g})"
+    quantize_attention(model, peaks)
+    return f"int8 in {count} blocks ({quality:.1f} dB)"
 
 
 def int8_layers(model: ir.Model) -> tuple[str, ...]:

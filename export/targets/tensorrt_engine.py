@@ -34,6 +34,7 @@ class TensorRtTarget(Target):
         )
 
     def _build(self, program: Program, request: BuildRequest) -> tuple[Path, Mapping[str, Any]]:
+        from vit_export.export.onnx_attention import tidy_attention
         from vit_export.export.onnx_graph import INPUT, save, to_onnx
         from vit_export.export.trt_build import build_engine
         from vit_export.export.trt_graph import int8_layers, strongly_typed
@@ -42,7 +43,13 @@ class TensorRtTarget(Target):
         options = _options(request)
         profile = self.profile(request.precision, {"opset": request.opset})
         model = to_onnx(program, profile, batch_size=request.batch_size)
-        facts = strongly_typed(model, profile, request.options)
+        tidy_attention(model)
+        facts = strongly_typed(
+            model,
+            request.precision,
+            request.options.get("samples"),
+            request.options.get("int8_attention", "auto"),
+        )
         model.metadata_props.update(request.metadata)
         graph = request.folder / "model.onnx"
         save(model, graph)
