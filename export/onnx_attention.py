@@ -66,7 +66,7 @@ def _swaps(first: ir.Node, turn: ir.Node, last: ir.Node, keys: ir.Value) -> bool
     assert keys.shape is not None
     if list(turn.attributes.get_ints("perm", ())) != [0, 2, 1]:
         return False
-    batch, heads, tokens, channels = keys.shape
+    _, heads, tokens, channels = keys.shape
     flat, full = _constant(first.inputs[1]), _constant(last.inputs[1])
     if flat is not None and full is not None:
         return list(flat[1:]) == [tokens, channels] and list(full[-3:]) == [heads, channels, tokens]
