@@ -12,8 +12,8 @@ _ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mar
 
 def render(report: Report) -> bytes:
     """The report as GitHub-flavoured Markdown, UTF-8."""
-    sections = [_head(report), _verdicts(report), _data(report), _environment(report)]
-    return ("\n\n".join("\n".join(lines) for lines in sections) + "\n").encode()
+    sections = [_head(report), _verdicts(report), _data(report), _environment(report), _device(report)]
+    return ("\n\n".join("\n".join(lines) for lines in sections).rstrip() + "\n").encode()
 
 
 def table(headers: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -89,6 +89,30 @@ def _environment(report: Report) -> Iterator[str]:
     yield "```"
     yield report.command.replace("```", "'''")
     yield "```"
+
+
+def _device(report: Report) -> Iterator[str]:
+    """Board, clocks, heat and power before and after; nothing for a report of the exporting machine."""
+    device = report.device
+    if device is None:
+        return
+    yield "## Device"
+    yield ""
+    state = device.before
+    names = (device.host or "this machine", state.board, state.power_mode, state.governor)
+    yield f"- {_facts(*map(escape, names))}"
+    for unit, before, after in (
+        ("MHz", state.mhz, device.after.mhz),
+        ("°C", state.celsius, device.after.celsius),
+        ("mW", state.milliwatts, device.after.milliwatts),
+    ):
+        moved = (f"{escape(k)} {v:.0f} → {after[k]:.0f} {unit}" for k, v in before.items() if k in after)
+        if before:
+            yield f"- {_facts(*moved)}"
+    if state.unreadable:
+        yield f"- not readable here: {_facts(*state.unreadable)}"
+    if device.throttled:
+        yield f"- slowed while measuring: {escape(', '.join(device.throttled))}"
 
 
 def _facts(*facts: str) -> str:

@@ -79,6 +79,39 @@ class Environment(Part, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
 
 
+class DeviceState(Part, frozen=True, kw_only=True):
+    """One reading of a device. mhz, max_mhz: by clock; celsius: by sensor; milliwatts: by rail.
+
+    throttle_events: counters since boot, of which only a change says something. throttled: what limits
+    a clock now. unreadable: those of clock, power and temperature that the system does not expose.
+    """
+
+    board: str = ""
+    power_mode: str = ""
+    governor: str = ""
+    mhz: dict[str, float] = {}
+    max_mhz: dict[str, float] = {}
+    celsius: dict[str, float] = {}
+    milliwatts: dict[str, float] = {}
+    throttle_events: dict[str, int] = {}
+    throttled: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+
+class Device(Part, frozen=True, kw_only=True):
+    """Where `verify` ran, read just before and just after its measurements.
+
+    host: as it was named to --host, empty for this machine. bundle_sha256: of the bundle's manifest.
+    throttled: what slowed it in between.
+    """
+
+    before: DeviceState
+    after: DeviceState
+    bundle_sha256: Sha256
+    host: str = ""
+    throttled: tuple[str, ...] = ()
+
+
 class ModelInfo(Part, frozen=True, kw_only=True):
     """What was exported. macs: multiply-accumulates for one image, at the first image size."""
 
@@ -197,7 +230,7 @@ class Result(Part, frozen=True, kw_only=True):
 
 
 class Report(Part, frozen=True, kw_only=True):
-    """One run of vit-export. baselines: one an image size, in the order of the results."""
+    """One run of vit-export. more_baselines: those of further image sizes. device: set by `verify`."""
 
     created: Annotated[datetime, Meta(tz=True)]
     command: str
@@ -207,6 +240,7 @@ class Report(Part, frozen=True, kw_only=True):
     baseline: Baseline
     more_baselines: tuple[Baseline, ...] = ()
     results: tuple[Result, ...] = ()
+    device: Device | None = None
     schema: Literal["vit-export.report/1"] = SCHEMA
 
     def baseline_for(self, size: Size) -> Baseline | None:
