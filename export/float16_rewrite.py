@@ -32,7 +32,7 @@ class HalfRewrite:
         outputs = [value for value in self._graph.outputs if value.dtype == FLOAT]
         nodes = list(self._graph)
         for node in nodes:
-            if node not in self._kept:
+            if node not in self._kept and not _is_border(node):
                 self._convert_node(node)
         for value in list(self._graph.initializers.values()):
             if value.dtype == FLOAT and {self._wanted(node, i) for node, i in value.uses()} == {HALF}:
@@ -115,3 +115,9 @@ class HalfRewrite:
         for index, output in enumerate(self._graph.outputs):
             if output is value:
                 self._graph.outputs[index] = cast
+
+
+def _is_border(node: ir.Node) -> bool:
+    """A Cast whose only purpose is the type of a graph output: it stays what it is."""
+    out = node.outputs[0]
+    return node.op_type == "Cast" and out.is_graph_output() and not out.uses()
