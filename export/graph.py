@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -33,8 +34,11 @@ class Edit:
         result = graph.graph_copy(module.graph, mapping)
         output = graph.output(result)
         output.meta = copy.copy(next(n for n in module.graph.nodes if n.op == "output").meta)
-        tensors = dict(module.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         tensors.update(module.named_buffers(remove_duplicate=False))
+        for node in graph.find_nodes(op="get_attr"):  # torch.export makes literals plain attributes
+            if node.target not in tensors:
+                tensors[str(node.target)] = attrgetter(str(node.target))(module)
         return Edit(graph, tensors)
 
     def build(self) -> GraphModule:
