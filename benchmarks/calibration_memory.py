@@ -15,12 +15,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 COUNTS = (32, 512)
 BATCH = 8
@@ -91,7 +90,7 @@ def measured_apart(name: str, count: int, method: str) -> Usage:
 
 
 def main() -> None:
-    """Print a table, one row a model, method and count."""
+    """Print one row a model, method and count."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,15 +102,17 @@ def main() -> None:
         usage = measure(*json.loads(arguments.child))
         print(json.dumps({"before": usage.before, "peak": usage.peak, "seconds": usage.seconds}))
         return
-    table = Table("model", "method", "images", "before MiB", "peak MiB", "added MiB", "s")
-    for name in arguments.model:
-        for method in arguments.method:
-            for count in COUNTS:
-                usage = measured_apart(name, count, method)
-                added = usage.peak - usage.before
-                figures = (usage.before, usage.peak, added, usage.seconds)
-                table.add_row(name, method, str(count), *(f"{figure:.1f}" for figure in figures))
-    Console().print(table)
+    print(
+        f"{'model':24}{'method':12}{'images':>7}{'before MiB':>12}{'peak MiB':>10}{'added MiB':>11}{'s':>8}"
+    )
+    for name, method, count in product(arguments.model, arguments.method, COUNTS):
+        usage = measured_apart(name, count, method)
+        added = usage.peak - usage.before
+        print(
+            f"{name:24}{method:12}{count:7}{usage.before:12.1f}{usage.peak:10.1f}{added:11.1f}"
+            f"{usage.seconds:8.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
