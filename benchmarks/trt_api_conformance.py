@@ -241,7 +241,8 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="write the names of the classes we use to this file")
     record: Path | None = parser.parse_args().record
     touches = touched(ROOT / source for source in SOURCES)
-    owners = {touch.owner for touch in touches} - {MODULE}
+    owners = {touch.owner for touch in touches} | {t.name for t in touches if t.owner == MODULE}
+    owners -= {MODULE}
     products: dict[str, Names] = {}
     with tempfile.TemporaryDirectory() as work:
         for requirement in WHEELS:

@@ -66,7 +66,7 @@ REFUSALS = (
         "export with --fp16, or leave 7.5 out of the compute capabilities",
     ),
     _refusal(
-        r"out of memory|insufficient.*memory|cudaMalloc|requested .*memory.* exceeds",
+        r"out ?of ?memory|insufficient.*memory|cudaMalloc",
         "not enough GPU memory to build",
         "lower the max batch, set a workspace limit, or build with nothing else on the GPU",
     ),
@@ -110,7 +110,9 @@ def explain(said: str, operator: str, node: str, graph: Path, product: str) -> T
 
 def _quoted_node(said: str) -> str:
     """The node a builder message quotes: `operation 'a/MatMul'`, `for node {ForeignNode[a/Add...b]}`."""
-    found = re.search(r"operation '([^']+)'|for node \{?(?:ForeignNode\[)?([\w./]+)", said)
+    found = re.search(
+        r"operation '([^']+)'|for node \{?(?:ForeignNode\[)?([\w./]+?)(?:\.\.\.|[^\w./]|$)", said
+    )
     return next((group for group in found.groups() if group), "") if found else ""
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-from enum import Enum
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
 
 import numpy as np
 import onnxruntime
 from cuda.bindings import runtime as cuda
 
 __version__ = "10.3.0"
+built: list[tuple[INetworkDefinition, IBuilderConfig]] = []  # what was built, for tests
+no_gpu = False  # a test may set it: Builder then refuses as pybind11 does
 
 
 class TensorIOMode(Enum):
@@ -136,3 +139,145 @@ class IExecutionContext:
 
 def _read(address: int, count: int) -> np.ndarray:
     return np.frombuffer((ctypes.c_float * count).from_address(address), np.float32).copy()
+
+
+class ILogger:
+    WARNING, ERROR, INTERNAL_ERROR = "WARNING", "ERROR", "INTERNAL_ERROR"
+
+
+class NetworkDefinitionCreationFlag(IntEnum):
+    STRONGLY_TYPED = 1
+
+
+class BuilderFlag(Enum):
+    TF32 = 0
+    VERSION_COMPATIBLE = 1
+    GPU_FALLBACK = 2
+
+
+class HardwareCompatibilityLevel(Enum):
+    NONE = 0
+    AMPERE_PLUS = 1
+
+
+class ProfilingVerbosity(Enum):
+    DETAILED = 2
+
+
+class MemoryPoolType(Enum):
+    WORKSPACE = 0
+
+
+class DeviceType(Enum):
+    GPU = 0
+    DLA = 1
+
+
+@dataclass
+class ITimingCache:
+    """Its bytes name the device it was made on; `FOREIGN` is one of another."""
+
+    _content: bytes
+
+    def serialize(self) -> bytes:
+        return self._content + b"+timed"
+
+
+@dataclass
+class IBuilderConfig:
+    """Remembers what was asked of it."""
+
+    builder_optimization_level: int = 3
+    profiling_verbosity: ProfilingVerbosity | None = None
+    hardware_compatibility_level: HardwareCompatibilityLevel = HardwareCompatibilityLevel.NONE
+    default_device_type: DeviceType = DeviceType.GPU
+    DLA_core: int = -1
+    _flags: set[BuilderFlag] = field(default_factory=lambda: {BuilderFlag.TF32})
+    _limits: dict[MemoryPoolType, int] = field(default_factory=dict)
+    _profiles: list[IOptimizationProfile] = field(default_factory=list)
+    _cache: ITimingCache | None = None
+
+    def set_flag(self, flag: BuilderFlag) -> None:
+        self._flags.add(flag)
+
+    def clear_flag(self, flag: BuilderFlag) -> None:
+        self._flags.discard(flag)
+
+    def set_memory_pool_limit(self, pool: MemoryPoolType, size: int) -> None:
+        self._limits[pool] = size
+
+    def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+        self._profiles.append(profile)
+        return len(self._profiles) - 1
+
+    def create_timing_cache(self, stored: bytes) -> ITimingCache:
+        return ITimingCache(stored)
+
+    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        if cache._content.startswith(b"FOREIGN") and not ignore_mismatch:
+            return False
+        self._cache = cache
+        return True
+
+    def get_timing_cache(self) -> ITimingCache | None:
+        return self._cache
+
+
+@dataclass
+class IOptimizationProfile:
+    _shapes: dict[str, tuple] = field(default_factory=dict)
+
+    def set_shape(self, name: str, low: tuple, opt: tuple, high: tuple) -> None:
+        self._shapes[name] = (low, opt, high)
+
+
+@dataclass
+class ITensor:
+    name: str
+
+
+@dataclass
+class INetworkDefinition:
+    _flags: int
+    num_inputs: int = 0
+    num_outputs: int = 0
+    _onnx: str = ""
+
+    def get_input(self, index: int) -> ITensor:
+        return ITensor("images")
+
+
+class OnnxParser:
+    num_errors = 0
+
+    def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
+        self._network = network
+
+    def parse_from_file(self, path: str) -> bool:
+        self._network._onnx, self._network.num_inputs, self._network.num_outputs = path, 1, 1
+        return True
+
+
+class Builder:
+    num_DLA_cores = 2
+
+    def __init__(self, logger: ILogger) -> None:
+        if no_gpu:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    def create_network(self, flags: int = 0) -> INetworkDefinition:
+        return INetworkDefinition(flags)
+
+    def create_builder_config(self) -> IBuilderConfig:
+        return IBuilderConfig()
+
+    def create_optimization_profile(self) -> IOptimizationProfile:
+        return IOptimizationProfile()
+
+    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes:
+        """A plan the fake Runtime opens, so that build and run can be tried together."""
+        built.append((network, config))
+        batches = None
+        if config._profiles:
+            batches = [shape[0] for shape in config._profiles[0]._shapes["images"]]
+        return json.dumps({"onnx": network._onnx, "batches": batches}).encode()
