@@ -11,7 +11,7 @@ An attribute behind `hasattr(...)` is optional and must exist in at least one pr
 must exist in all.
 
     python benchmarks/trt_api_conformance.py                                     # check, exit 1 on a miss
-    python benchmarks/trt_api_conformance.py --record tests/tensorrt/bindings.json   # and keep the names
+    python benchmarks/trt_api_conformance.py --record tests/trt/bindings.json   # and keep the names
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Our use of the SDK against the names in NVIDIA's own bindings.
 
-bindings.json is written by `python benchmarks/trt_api_conformance.py --record tests/tensorrt/bindings.json`
+bindings.json is written by `python benchmarks/trt_api_conformance.py --record tests/trt/bindings.json`
 from the bindings wheels of TensorRT 10.3, 10.16 and 11.4 and from tensorrt_rtx 1.7.
 """
 
