@@ -12,6 +12,7 @@ import click
 import typer
 
 from vit_export import __version__
+from vit_export.cli_verify import verify
 from vit_export.errors import UsageError, VitExportError
 
 if TYPE_CHECKING:
@@ -123,6 +124,13 @@ def export(
     require_run: Annotated[
         bool, typer.Option("--require-run", help="exit 3 when an artifact cannot be run here")
     ] = False,
+    bundle_images: Annotated[
+        int, typer.Option(min=16, help="evaluation images that OUTPUT/bundle carries to a device")
+    ] = 256,
+    bundle: Annotated[
+        bool, typer.Option("--bundle/--no-bundle", help="write OUTPUT/bundle for vit-export verify")
+    ] = True,
+    zipped: Annotated[bool, typer.Option("--zip", help="also OUTPUT/bundle.zip")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="traceback with errors")] = False,
     json: Annotated[
@@ -183,6 +191,8 @@ def _job(options: dict[str, Any], load: Any, adapt: Any) -> ExportJob:
         seed=options["seed"],
         timeout=options["timeout"],
         require_run=options["require_run"],
+        bundle_images=options["bundle_images"] if options["bundle"] else None,
+        zipped=options["zipped"],
     )
 
 
@@ -346,15 +356,15 @@ def _triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
     return red, green, blue
 
 
+app.command()(verify)
+
+
 def main() -> None:
     """Entry point: every error a user can cause is one message and its exit code; the rest is 4."""
     verbose = any(flag in sys.argv for flag in ("--verbose", "-v"))
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = app(standalone_mode=False)  # the code of a typer.Exit comes back as the result
+        sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

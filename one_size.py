@@ -33,6 +33,7 @@ from vit_export.export.quantize import quantize
 from vit_export.export.target import Target
 from vit_export.job import ExportJob, ImageSources, first_images, synthetic_pixels
 from vit_export.runtime.accuracy import compare, predictions, score
+from vit_export.runtime.bundle import SizeImages
 from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.inference import Prediction, predict
 from vit_export.runtime.latency import Timings, alternate
@@ -54,7 +55,7 @@ def export(program: Program, plan: QuantPlan | None, target: Target, request: Bu
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one image size gave. calib, evaluation: the images it used."""
+    """What one image size gave. calib, evaluation: the images it used; carried: what a bundle takes."""
 
     program: Program
     baseline: Baseline
@@ -62,7 +63,8 @@ class Outcome:
     evaluation: EvalSet
     calib: EvalSet | None
     doubts: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    carried: SizeImages
 
 
 @dataclasses.dataclass(slots=True)
@@ -91,14 +93,18 @@ class OneSize:
         results = [self._check(program, plan, item, reference.logits, evaluation) for item in built]
         timings = self._time(baseline, built, results, evaluation)
         results = [self._timed(result, timings) for result in results]
+        summary = self._baseline(reference, evaluation, timings)
+        pairs = zip(results, built, strict=True)
+        opened = {r.name: item[0].runnable(item[1], 0) for r, item in pairs if not isinstance(item, Result)}
         return Outcome(
             program,
-            self._baseline(reference, evaluation, timings),
+            summary,
             tuple(self._judged(results)),
             evaluation,
             calib,
             doubts,
             self.model.notes,
+            SizeImages(evaluation, reference.logits, summary, opened),
         )
 
     @property

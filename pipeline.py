@@ -34,6 +34,7 @@ from vit_export.models import adapt, load
 from vit_export.one_size import OneSize, Outcome, export
 from vit_export.runtime import report_files
 from vit_export.runtime.accuracy import compare, predictions
+from vit_export.runtime.bundle import write_bundle
 from vit_export.runtime.environment import collect as environment
 from vit_export.runtime.inference import predict
 from vit_export.runtime.protocol import ProgressCallback
@@ -66,6 +67,13 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
             for size in job.image_sizes or (model.image_size,)
         ]
         report = _report(job, command, model, sources, outcomes)
+        if job.bundle_images is not None and any(result.artifact for result in report.results):
+            notify("bundle", 0, 1)
+            carried = [outcome.carried for outcome in outcomes]
+            write_bundle(
+                report, carried, job.output,
+                images=job.bundle_images, batch_size=job.batch_size, zipped=job.zipped,
+            )  # fmt: skip
         report_files.write(report, job.output)
     return report
 
@@ -117,6 +125,8 @@ def _workspace(output: Path) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if not any(output.iterdir()):  # a run that failed leaves no empty folder behind
+            output.rmdir()
 
 
 def _report(

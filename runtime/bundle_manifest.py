@@ -18,6 +18,7 @@ from msgspec import Meta
 from vit_export.artifacts import Precision, Preprocessing, Size
 from vit_export.errors import InputError, UntrustedInput
 from vit_export.runtime.report_schema import Count, EvalData, ImageSize, ModelInfo, Part, Sha256
+from vit_export.runtime.runner import RUNNERS
 
 SCHEMA: Literal["vit-export.bundle/1"] = "vit-export.bundle/1"
 NAME = "manifest.json"
@@ -29,6 +30,7 @@ MAX_TOTAL_BYTES = 256 << 30
 # One part of a path: no hidden files, no options, nothing a shell or a file system gives a meaning to.
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 _MAX_DEPTH = 12
+_NOT_FROM_ELSEWHERE = {"pytorch"}  # loads files that may hold pickles
 
 
 class StoredFile(Part, frozen=True, kw_only=True):
@@ -73,13 +75,13 @@ class StoredArtifact(Part, frozen=True, kw_only=True):
     sqnr_db: against FP32 where it was exported, null where it could not run there or had no error.
     """
 
-    target: str
+    target: Annotated[str, Meta(pattern="^[a-z][a-z0-9_-]{0,31}$")]
     precision: Precision
     image_size: ImageSize
     path: str
     bytes: Count
     runner: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
     kept_float: tuple[str, ...] = ()
     float_fallback_ops: Count | None = None
     sqnr_db: float | None = None
@@ -98,7 +100,7 @@ class Manifest(Part, frozen=True, kw_only=True):
     artifacts: tuple[StoredArtifact, ...]
     files: tuple[StoredFile, ...]
     plans: tuple[str, ...] = ()
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
     varies: tuple[str, ...] = ()
     batch_size: Annotated[int, Meta(ge=1)] | None = None
     schema: Literal["vit-export.bundle/1"] = SCHEMA
@@ -176,6 +178,8 @@ def _check(manifest: Manifest, where: str) -> None:
             raise InputError(f"{where}: the preprocessing contract is not the one it was signed with")
     for artifact in manifest.artifacts:
         manifest.size(artifact.image_size)
+        if artifact.runner not in RUNNERS.keys() - _NOT_FROM_ELSEWHERE:
+            raise UntrustedInput(f"{where} asks for the runner {artifact.runner!r}", "do not use it")
 
 
 def _referred(manifest: Manifest) -> Iterator[str]:
