@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from vit_export import __version__
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from vit_export.job import ExportJob
 
 _TARGETS = ("onnx", "openvino", "tensorrt", "coreml")
+# ClickException: of the click package, or of the copy that newer typer carries and has no public name for.
+_UsageMistake: type[Exception] = typer.BadParameter.__mro__[2]
 _METHODS = ("minmax", "percentile", "mse", "entropy")
 
 app = typer.Typer(
@@ -365,10 +366,10 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)  # the code of a typer.Exit comes back as the result
         sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
-        error.show()
+    except _UsageMistake as error:
+        error.show()  # type: ignore[attr-defined]
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped", err=True)
         sys.exit(130)
     except VitExportError as error:

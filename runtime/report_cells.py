@@ -73,7 +73,8 @@ def number(value: float | None, form: str) -> str:
 
 def _baseline_row(baseline: Baseline) -> Row:
     name = f"{baseline.runtime} {baseline.precision} {_size(baseline.image_size)}"
-    cells = (name, NONE, *_times(baseline.latency_ms), "1.00x", number(baseline.top1, ".3f"))
+    speed = "1.00x" if baseline.latency_ms else NONE
+    cells = (name, NONE, *_times(baseline.latency_ms), speed, number(baseline.top1, ".3f"))
     return Row((*cells, *[NONE] * 3, "baseline"), "baseline")
 
 

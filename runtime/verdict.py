@@ -121,8 +121,9 @@ def _speed_complaints(result: Result, peers: Sequence[Result]) -> Iterable[str]:
 
 
 def _speed_words(result: Result) -> Iterable[str]:
-    if result.speedup is None:
-        yield result.reason or "speed not measured here"
+    if result.speedup is None:  # on a device there is no PyTorch to compare with
+        time = f"{result.latency_ms.p50:.1f} ms" if result.latency_ms else ""
+        yield time or result.reason or "speed not measured here"
     elif result.speedup >= 1.05:
         yield f"{result.speedup:.1f}x faster"
     else:
