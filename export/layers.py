@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from vit_export.artifacts import Layer
-from vit_export.export.graph import aten
+from vit_export.export.graph import aten, module_path
 
 _KINDS: dict[object, Literal["linear", "conv"]] = {
     aten.linear.default: "linear",
@@ -103,3 +103,32 @@ class Shapes(Interpreter):
     def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[int, ...]]]:
         """Output and shapes for float32 NCHW images."""
         return self.run(images), self.shapes
+
+
+def first_bad(module: GraphModule, images: Tensor) -> str:
+    """Where NaN or Inf first appears for these images, in words. Infinite constants (masks) are not bad."""
+
+    class Finder(Interpreter):
+        def run_node(self, n: Node) -> object:
+            value = super().run_node(n)
+            if n.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point():
+                inputs = (self.env.get(i) for i in n.all_input_nodes)
+                clean = all(bool(torch.isfinite(i).all()) for i in inputs if isinstance(i, Tensor))
+                if clean and not torch.isfinite(value).all():
+                    raise _Found(n)
+            return value
+
+    try:
+        with torch.inference_mode():
+            Finder(module, garbage_collect_values=False).run(images)
+    except _Found as found:
+        return f"first in {module_path(found.node) or 'the top module'} ({found.node.target})"
+    return "its place could not be told: a constant is not finite"
+
+
+class _Found(Exception):
+    """Ends an interpreter's run at a node."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.name)
+        self.node = node

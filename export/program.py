@@ -12,10 +12,10 @@ from torch.fx import Graph, GraphModule
 from torch.fx.graph import CodeGen
 
 from vit_export.artifacts import LoadedModel, Program, Size
-from vit_export.errors import InputError, ParityError, TargetError
+from vit_export.errors import InputError, NumericsError, ParityError, TargetError
 from vit_export.export.fold import FOLDS
 from vit_export.export.graph import Edit, exact_attention
-from vit_export.export.layers import Shapes, attention_macs, find_layers
+from vit_export.export.layers import Shapes, attention_macs, find_layers, first_bad
 
 PARITY = 1e-4  # largest |difference| over largest |value| that a lossless step may show
 _MAX_BATCH = 4096
@@ -28,7 +28,7 @@ def trace(model: LoadedModel, *, batch_size: int = 1, dynamic_batch: bool = True
     instead and the program's notes say so.
 
     Raises TargetError when torch.export cannot trace the model, ParityError when the folded graph
-    differs from the module.
+    differs from the module, NumericsError for NaN or Inf on ordinary input.
     """
     notes: tuple[str, ...] = ()
     if dynamic_batch:
@@ -123,6 +123,9 @@ def _program(
     output, shapes = Shapes(graph)(images)
     with torch.inference_mode():
         difference = relative_difference(model.module(images), output)
+    if difference != difference:
+        where = first_bad(graph, images)
+        raise NumericsError(f"{model.spec} gives NaN or Inf on standard-normal input", where)
     if not difference < PARITY:
         raise ParityError(
             f"the traced graph differs from {model.spec} by {difference:.2e} (limit {PARITY:g})"

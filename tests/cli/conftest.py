@@ -1,0 +1,70 @@
+"""Running the command line in this process, and one real export shared by the tests that read it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pytest
+
+from vit_export import cli
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command(Protocol):
+    """Runs `vit-export` with arguments."""
+
+    def __call__(self, *arguments: object) -> Run: ...
+
+
+@pytest.fixture
+def vit_export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`vit-export ARGUMENTS` in this process."""
+
+    def run(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["vit-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Run(int(stop.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of the default model in int8 on 60 images, built once."""
+    import subprocess
+
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    targets = ("--target", "onnx", "--target", "openvino", "--int8")
+    subprocess.run(
+        [sys.executable, "-m", "vit_export", *targets, "--eval-size", "60", "--output", str(folder)],
+        check=True,
+        cwd=folder.parent,
+    )
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twenty PNG files of seeded noise in two class folders."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for index in range(20):
+        path = tmp_path / "photos" / f"class{index % 2}" / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "photos"
