@@ -7,7 +7,7 @@ finding where FP16 overflows, and symmetric min-max scales for products of two a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +40,15 @@ def measure_peaks(model: ir.Model, batches: Iterable[Images], threads: int = 0) 
             _check_finite(names, seen)
             peaks = np.maximum(peaks, seen)
     return dict(zip(names, peaks.tolist(), strict=True))
+
+
+def batches(model: ir.Model, images: Images) -> Iterator[Images]:
+    """`images` in steps of the graph's own batch, one at a time where it is free; the last one filled up."""
+    shape = model.graph.inputs[0].shape
+    step = shape[0] if shape is not None and isinstance(shape[0], int) else 1
+    for start in range(0, len(images), step):
+        part = images[start : start + step]
+        yield np.concatenate([part, np.repeat(part[-1:], step - len(part), axis=0)])
 
 
 def run_graph(path: Path, images: Images, threads: int = 0) -> Logits:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vit_export.artifacts import Images, Logits
-from vit_export.export.peaks import run_graph
+from vit_export.export.peaks import batches, run_graph
 
 MAX_TOKENS = 512
 ENOUGH_DB = 30.0  # int8 linears alone leave about 20 dB; attention may add a tenth of that noise
@@ -78,7 +78,7 @@ def agreement_db(reference: ir.Model, other: ir.Model, images: Images) -> float:
         for index, model in enumerate((reference, other)):
             path = Path(folder) / f"{index}.onnx"
             ir.save(model, path, external_data=f"{index}.data")
-            outputs.append(run_graph(path, images))
+            outputs.append(np.concatenate([run_graph(path, part) for part in batches(model, images)]))
     signal = outputs[0].astype(np.float64)
     noise = float(((signal - outputs[1]) ** 2).sum())
     return float(10 * np.log10((signal**2).sum() / noise)) if noise else float("inf")

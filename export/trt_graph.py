@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from vit_export.artifacts import Images, Precision
 from vit_export.errors import UsageError
-from vit_export.export.peaks import measure_peaks
+from vit_export.export.peaks import batches, measure_peaks
 from vit_export.export.to_float16 import to_float16
 from vit_export.export.trt_attention import ENOUGH_DB, agreement_db, attentions, quantize_attention
 from vit_export.export.trt_errors import module_path
@@ -30,7 +30,7 @@ def strongly_typed(
         return {}
     peaks = None
     if samples is not None:
-        peaks = measure_peaks(model, (samples[i : i + 1] for i in range(len(samples))))
+        peaks = measure_peaks(model, batches(model, samples))
     facts: dict[str, Any] = {}
     if precision is Precision.INT8:
         facts["int8_attention"] = _attention(model, peaks, samples, int8_attention)
