@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "t
 # Added to every name by DistributedDataParallel, torch.compile, Lightning.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 8
+_MAGIC = (b"PK", b"\x80")  # a zip as torch writes it, a pickle as old torch wrote it
 
 
 def load_checkpoint(module: nn.Module, path: Path) -> tuple[str, ...]:
@@ -58,15 +60,18 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
+    with path.open("rb") as file:
+        if not file.read(2).startswith(_MAGIC):
+            raise InputError(f"{path} is not a checkpoint: neither safetensors nor saved by torch")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise UntrustedInput(
-                f"{path} holds more than tensors and would have to be executed to be read",
-                "save only the weights: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-            ) from error
-        raise InputError(f"{path} is not a checkpoint: {_first_line(error)}") from error
+        raise UntrustedInput(
+            f"{path} holds more than tensors and would have to be executed to be read",
+            "save only the weights: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
+        ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise InputError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     if not isinstance(content, Mapping):
@@ -101,7 +106,7 @@ def _convert(module: nn.Module, state: State) -> tuple[State, tuple[str, ...]]:
         translate = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
         if translate is not None and type(module).__module__.startswith("timm."):
             translated: State = translate(dict(state), module)
-            if len(own - translated.keys()) < len(own - state.keys()):
+            if len(own ^ translated.keys()) < len(own ^ state.keys()):
                 notes.append("checkpoint: names translated by timm")
                 state = translated
     return state, tuple(notes)

@@ -99,10 +99,7 @@ def _require(good: Tensor, name: str, tensor: Tensor) -> None:
     bad = good.numel() - int(good.sum())
     if bad:
         kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
-        raise NumericsError(
-            f"{name} holds {bad} {kind} of {good.numel()} values",
-            "the checkpoint is broken; export another one",
-        )
+        raise NumericsError(f"{name} holds {bad} {kind} in {good.numel()} values", "the weights are broken")
 
 
 def _classes(module: nn.Module, choice: Choice) -> int:

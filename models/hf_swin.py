@@ -13,7 +13,7 @@ from vit_export.models.geometry import Geometry, show
 from vit_export.models.hf_resize import pair, resample_parameter
 from vit_export.models.positions import Table
 from vit_export.models.resizers import Resizer
-from vit_export.models.windows import relative_index
+from vit_export.models.windows import padding, relative_index
 
 
 class HfSwin(Resizer):
@@ -48,21 +48,19 @@ class HfSwin(Resizer):
                 _set_window(block, stage)
 
     def _resize(self, size: Size, config: AdaptConfig) -> tuple[str, ...]:
-        embeddings, geometry = self.module.embeddings, self.geometry()
+        embeddings = self.module.embeddings
         patch = pair(embeddings.patch_embeddings.patch_size)
         grid = (size[0] // patch[0], size[1] // patch[1])
         notes = [resample_parameter(self.module, t, grid, config) for t in self.tables()]
         embeddings.patch_grid = embeddings.patch_embeddings.grid_size = grid
         embeddings.patch_embeddings.num_patches = grid[0] * grid[1]
-        padded = set()
-        for blocks, stage in self._stages(grid):
+        stages = self._stages(grid)
+        for blocks, stage in stages:
             for block in blocks:
                 _set_window(block, stage)
                 block.input_resolution = stage
-            if any(side % blocks[0].window_size for side in stage):
-                padded.add(f"{show(stage)} in windows of {blocks[0].window_size}")
-        notes += [f"features padded: {', '.join(sorted(padded))}"] if padded else []
-        return (*notes, f"windows of {self.module.config.window_size} kept from {show(geometry.size)}")
+        padded = padding((stage, (blocks[0].window_size,) * 2) for blocks, stage in stages)
+        return (*notes, f"windows of {self.module.config.window_size} kept", *padded)
 
     def _stages(self, grid: Size) -> list[tuple[Any, Size]]:
         """Blocks of each stage with the stage's tokens (height, width)."""

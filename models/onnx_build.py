@@ -28,6 +28,7 @@ from vit_export.models.onnx_ops import OPS, TYPES
 _SMALL = 64  # integer constants up to this many values are shapes and indices, kept on the host
 _DOMAINS = ("", "ai.onnx")
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_QUANTIZED = ("Quantize", "QLinear", "Integer")
 _CONSTANT = ("value", "value_float", "value_int", "value_floats", "value_ints")
 
 
@@ -72,11 +73,7 @@ class _Builder:
             self._keep(step.outputs[0], _constant(step), step.outputs[0])
             return
         if node.domain not in _DOMAINS or not (step.op in OPS or step.op in LAYERS):
-            domain = f"{node.domain}." if node.domain else ""
-            raise UnsupportedOperator(
-                f"{domain}{step.label} cannot be imported: no such operator here",
-                "give the model's source (timm:, hf:, torchvision:, file.py:FACTORY) instead",
-            )
+            raise _unknown(node, step)
         if step.op in OPS and all(not name or name in self.constants for name in step.inputs):
             self._fold(step)
         else:
@@ -142,6 +139,18 @@ class _Builder:
         else:
             place.register_buffer(name, value)
         return f"{owner}.{name}" if owner else name
+
+
+def _unknown(node: onnx.NodeProto, step: Step) -> UnsupportedOperator:
+    if any(word in step.op for word in _QUANTIZED):
+        return UnsupportedOperator(
+            f"{step.label} cannot be imported: the file is already quantised", "give the float model"
+        )
+    domain = f"{node.domain}." if node.domain else ""
+    return UnsupportedOperator(
+        f"{domain}{step.label} cannot be imported: no such operator here",
+        "give the model's source (timm:, hf:, torchvision:, file.py:FACTORY) instead",
+    )
 
 
 def _step(node: onnx.NodeProto, index: int) -> Step:

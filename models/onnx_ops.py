@@ -143,6 +143,11 @@ def _group_norm(call: Call) -> Tensor:
     return functional.group_norm(x, groups, scale, bias, call.attribute("epsilon", 1e-5))
 
 
+def _instance_norm(call: Call) -> Tensor:
+    x, scale, bias = (call.tensor(i) for i in range(3))
+    return functional.instance_norm(x, weight=scale, bias=bias, eps=call.attribute("epsilon", 1e-5))
+
+
 def _gemm(call: Call) -> Tensor:
     a, b = call.tensor(0), call.tensor(1)
     a = a.T if call.attribute("transA", 0) else a
@@ -259,6 +264,7 @@ _NEURAL: Mapping[str, Op] = {
     "RMSNormalization": _rms_norm,
     "BatchNormalization": _batch_norm,
     "GroupNormalization": _group_norm,
+    "InstanceNormalization": _instance_norm,
     "MatMul": lambda call: call.tensor(0) @ call.tensor(1),
     "Gemm": _gemm,
     "Einsum": lambda call: torch.einsum(

@@ -218,6 +218,12 @@ def _gather_elements(call: Call) -> Tensor:
     return call.tensor(0).gather(call.attribute("axis", 0), call.tensor(1).long())
 
 
+def _gather_nd(call: Call) -> Tensor:
+    if call.attribute("batch_dims", 0):
+        raise call.unsupported("batch dimensions")
+    return call.tensor(0)[call.tensor(1).long().unbind(-1)]
+
+
 def _cum_sum(call: Call) -> Tensor:
     if call.attribute("exclusive", 0) or call.attribute("reverse", 0):
         raise call.unsupported("exclusive or reverse")
@@ -239,6 +245,7 @@ SHAPES: Mapping[str, Any] = {
     "Slice": _slice,
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "Expand": _expand,
     "Tile": _tile,
     "Where": _where,

@@ -89,13 +89,18 @@ def _choose(result: Any, module: nn.Module, batch: int) -> Choice:
         )
     path, tensor = min(found, key=lambda item: _rank(*item))
     pool = _pool(tensor, module)
-    name = ".".join(map(str, path)) or "the returned tensor"
+    name = _name(path)
     embedding = bool(path) and (path[-1] in EMBEDDINGS or bool(pool))
-    others = [".".join(map(str, p)) for p, _ in found if p != path]
+    others = [_name(p) for p, _ in found if p != path]
     words = f"{pool} of {name}" if pool == "class token" else f"{pool} in {name}" if pool else name
     if others:
         words += f" (also returned: {', '.join(others)})"
     return Choice(path, pool, tensor.shape[-1] if tensor.ndim < 4 else tensor.shape[1], embedding, words)
+
+
+def _name(path: tuple[str | int, ...]) -> str:
+    """`logits`, `item 0`, `heads.main`; `the returned tensor` for no path."""
+    return ".".join(f"item {key}" if isinstance(key, int) else key for key in path) or "the returned tensor"
 
 
 def _rank(path: tuple[str | int, ...], tensor: Tensor) -> tuple[int, int, int]:

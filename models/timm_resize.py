@@ -7,6 +7,7 @@ Relative tables of BEiT and Swin go through timm's geometric interpolation of th
 
 from __future__ import annotations
 
+import warnings
 from math import gcd, lcm
 from typing import Any
 
@@ -56,7 +57,7 @@ class TimmSized(Resizer):
     def _resize(self, size: Size, config: AdaptConfig) -> tuple[str, ...]:
         model = self.module
         tables, learned = self.tables(), getattr(model, "pos_embed", None)
-        model.set_input_size(img_size=size)
+        _set_input_size(model, size)
         grid = tuple(model.patch_embed.grid_size)
         for table in tables if (config.mode, config.antialias) != _TIMMS else ():
             with torch.no_grad():
@@ -105,7 +106,7 @@ class TimmSwin(TimmSized):
 
     def _resize(self, size: Size, config: AdaptConfig) -> tuple[str, ...]:
         before = self.module.layers[0].blocks[0].window_size
-        self.module.set_input_size(img_size=size)
+        _set_input_size(self.module, size)
         after = self.module.layers[0].blocks[0].window_size
         return (f"windows {show(before)} → {show(after)}, relative positions resampled",)
 
@@ -128,6 +129,12 @@ class TimmFree(Resizer):
 
     def _resize(self, size: Size, config: AdaptConfig) -> tuple[str, ...]:
         return ()
+
+
+def _set_input_size(model: Any, size: Size) -> None:
+    with warnings.catch_warnings():  # timm's interpolation indexes with a list, torch warns about it
+        warnings.simplefilter("ignore", UserWarning)
+        model.set_input_size(img_size=size)
 
 
 def _side(size: Size) -> str:

@@ -14,7 +14,7 @@ from vit_export.models.geometry import Geometry, show
 from vit_export.models.hf_resize import pair, resample_parameter
 from vit_export.models.positions import Table
 from vit_export.models.resizers import Resizer
-from vit_export.models.windows import relative_index, shrink
+from vit_export.models.windows import padding, relative_index, shrink
 
 
 class TorchvisionVit(Resizer):
@@ -65,14 +65,15 @@ class TorchvisionSwin(Resizer):
                 block.attn._made_for = tuple(block.attn.window_size)
 
     def _resize(self, size: Size, config: AdaptConfig) -> tuple[str, ...]:
-        patch = self._patch()
+        patch, stages = self._patch(), []
         for number, blocks in enumerate(self._stages()):
             stage = (size[0] // patch[0] >> number, size[1] // patch[1] >> number)
             for block in blocks:
                 window = shrink(block.attn._made_for, stage)
                 block.attn.window_size = list(window)
                 block.attn.relative_position_index = relative_index(window, block.attn._made_for).flatten()
-        return (f"windows of {show(self._window())} kept",)
+                stages.append((stage, window))
+        return (f"windows of {show(self._window())} kept", *padding(stages))
 
     def _patch(self) -> Size:
         return pair(self.module.features[0][0].stride)

@@ -7,10 +7,13 @@ Stages that are no multiple of the window are padded by the library's forward.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from vit_export.artifacts import Size
+from vit_export.models.geometry import show
 
 
 def relative_index(window: Size, table: Size) -> Tensor:
@@ -23,6 +26,12 @@ def relative_index(window: Size, table: Size) -> Tensor:
     dy = y.flatten()[:, None] - y.flatten()[None, :] + table[0] - 1
     dx = x.flatten()[:, None] - x.flatten()[None, :] + table[1] - 1
     return dy * (2 * table[1] - 1) + dx
+
+
+def padding(stages: Iterable[tuple[Size, Size]]) -> tuple[str, ...]:
+    """A note on the stages (tokens, window) whose features are padded to whole windows, none if none is."""
+    padded = [f"{show(s)} for {show(w)}" for s, w in dict.fromkeys(stages) if s[0] % w[0] or s[1] % w[1]]
+    return (f"features padded to whole windows: {', '.join(padded)}",) if padded else ()
 
 
 def shrink(window: Size, stage: Size) -> Size:

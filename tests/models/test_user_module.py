@@ -1,0 +1,335 @@
+"""A user's own module: finding its table, its output and its preprocessing, from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contracts.families import UserVit, images
+from vit_export.artifacts import LoadedModel, Positions, Preprocessing, Size
+from vit_export.errors import AmbiguousPositions, BadSize, InputError, UsageError
+from vit_export.models import AdaptConfig, LoadOptions, adapt, load
+from vit_export.models.finish import finish
+from vit_export.models.positions import resample_positions
+
+
+def loaded(module: nn.Module, **options: Any) -> LoadedModel:
+    return finish(
+        module,
+        family=type(module).__name__,
+        preprocessing=Preprocessing((224, 224)),
+        options=LoadOptions(**options),
+    )
+
+
+class Patches(nn.Module):
+    """Patches of 8, mean over tokens; subclasses add positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 8, 8)
+        self.head = nn.Linear(16, 3)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.stem(x).flatten(2).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.tokens(x).mean(1))
+
+
+class TwoTables(Patches):
+    """Two parameters of the same shape: nothing tells which holds the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.randn(1, 16, 16))
+        self.two = nn.Parameter(torch.randn(1, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.tokens(x) + self.one
+        return self.head((tokens * self.two.mean()).mean(1))
+
+
+class LookedUp(Patches):
+    """A table in nn.Embedding, looked up through a buffer of ids, and the size in an attribute."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        count = 1 + size[0] // 8 * (size[1] // 8)
+        self.img_size, self.num_patches = size, count - 1
+        self.places = nn.Embedding(count, 16)
+        self.register_buffer("ids", torch.arange(count)[None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert tuple(x.shape[2:]) == self.img_size
+        tokens = nn.functional.pad(self.tokens(x), (0, 0, 1, 0)) + self.places(self.ids)
+        return self.head(tokens.mean(1))
+
+
+class Returns(Patches):
+    """Returns what it is told to make of scores [N, 3] and tokens [N, T, 16]."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        tokens = self.tokens(x)
+        return self.how(self.head(tokens.mean(1)), tokens)
+
+
+class WithClassToken(Returns):
+    def __init__(self, how: Any) -> None:
+        super().__init__(how)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 16))
+
+
+def test_the_table_is_found_by_shape_and_said() -> None:
+    """A parameter without a telling name is resampled as prefix + grid, and the note says which."""
+    model = loaded(UserVit())
+    assert (model.image_size, model.multiple, model.positions) == ((32, 32), (8, 8), Positions.ABSOLUTE)
+    adapted = adapt(model, (48, 64))
+    expected = resample_positions(model.module.where, (4, 4), (6, 8), 1)  # type: ignore[arg-type]
+    assert torch.equal(adapted.module.where, expected)  # type: ignore[arg-type]
+    assert "where taken for the positions (1 prefix tokens + 4x4), resampled to 6x8" in adapted.notes
+
+
+def test_two_tables_are_ambiguous_and_the_flag_settles_it() -> None:
+    """The error lists both and the flag; with --pos-embed the named one is resampled."""
+    model = loaded(TwoTables())
+    with pytest.raises(AmbiguousPositions, match=r"one = 0 .*4x4; two = 0 .*4x4") as caught:
+        adapt(model, (64, 64))
+    assert caught.value.hint == "say which: --pos-embed NAME --prefix-tokens N"
+    adapted = adapt(model, (64, 64), AdaptConfig(pos_embed="one"))
+    assert adapted.module.one.shape == (1, 64, 16)
+    assert torch.equal(adapted.module.two, model.module.two)  # type: ignore[arg-type]
+
+
+def test_the_wrong_table_does_not_pass_unnoticed() -> None:
+    """--pos-embed naming the other table fails on the trial run, not on the device."""
+    with pytest.raises(BadSize, match="failed on an image of 64x64"):
+        adapt(loaded(TwoTables()), (64, 64), AdaptConfig(pos_embed="two"))
+
+
+def test_a_flag_that_fits_nothing_lists_what_there_is() -> None:
+    """--pos-embed with an unknown name lists the parameters it could have been."""
+    with pytest.raises(UsageError, match="--pos-embed missing") as caught:
+        adapt(loaded(UserVit()), (64, 64), AdaptConfig(pos_embed="missing"))
+    assert "where" in caught.value.hint
+    with pytest.raises(UsageError):
+        loaded(UserVit(), pos_embed="head.weight")
+
+
+def test_an_ambiguous_split_is_settled_by_running_the_module() -> None:
+    """9 rows read as 0 + 3x3 or as 5 + 2x2; the module takes 24x24, so it is the first."""
+
+    class Nine(Patches):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(9, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.tokens(x) + self.table).mean(1))
+
+    model = loaded(Nine())
+    assert model.image_size == (24, 24)
+    assert adapt(model, (24, 40)).module.table.shape == (15, 16)
+
+
+def test_embeddings_ids_and_stated_sizes_follow() -> None:
+    """A non-square native size, an nn.Embedding with its ids and an img_size attribute are all carried."""
+    module = LookedUp((32, 48))
+    model = loaded(module)
+    assert model.image_size == (32, 48)
+    adapted: Any = adapt(model, (64, 24)).module
+    assert adapted.img_size == (64, 24)
+    assert adapted.num_patches == 24
+    assert adapted.ids.shape == (1, 25)
+    expected = resample_positions(module.places.weight[None], (4, 6), (8, 3), 1)[0]
+    assert torch.equal(adapted.places.weight, expected)
+
+
+def test_weights_of_layers_are_no_candidates() -> None:
+    """A 16x16 linear weight has the shape of a 4x4 table; it is a layer's, so it is left alone."""
+
+    class Square(Patches):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.mix(self.tokens(x)).mean(1))
+
+    model = loaded(Square())
+    assert model.positions is Positions.NONE
+    adapted = adapt(model, (32, 64))
+    assert "no position table found by shape, none resampled" in adapted.notes
+
+
+def test_a_library_model_inside_is_treated_as_the_librarys() -> None:
+    """A timm backbone and a transformers one, side by side in a user's module, are both resized."""
+    import transformers
+    from timm.models.vision_transformer import VisionTransformer
+
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shape = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+            self.left = VisionTransformer(img_size=32, patch_size=8, **shape)
+            config = transformers.ViTConfig(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                image_size=32, patch_size=16, num_labels=3,
+            )  # fmt: skip
+            self.right = transformers.ViTForImageClassification(config)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.left(x) + self.right(x).logits, x
+
+    model = loaded(Ensemble())
+    assert model.multiple == (16, 16)
+    assert model.output.startswith("item 0")
+    adapted = adapt(model, (48, 16))
+    assert adapted.module.left.pos_embed.shape == (1, 1 + 12, 16)  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert adapted.module(images((48, 16))).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "classes"),
+    [
+        (lambda s, t: s, "the returned tensor", 3),
+        (lambda s, t: (t, s), "item 1 (also returned: item 0)", 3),
+        (lambda s, t: [s], "item 0", 3),
+        (lambda s, t: {"tokens": t, "logits": s}, "logits (also returned: tokens)", 3),
+        (lambda s, t: {"out": {"main": s}, "n": 7}, "out.main", 3),
+        (lambda s, t: {"loss": s, "x_norm_clstoken": t.mean(1)}, "x_norm_clstoken", 0),
+        (lambda s, t: t, "mean of tokens in the returned tensor", 0),
+        (lambda s, t: t.transpose(1, 2).unflatten(2, (4, 4)), "mean of pixels in the returned tensor", 0),
+    ],
+)
+def test_the_output_is_found_and_said(how: Any, words: str, classes: int) -> None:
+    """Tensors, tuples, lists, dicts: one [N, K] tensor comes out, under the module's own parameter names."""
+    module = Returns(how).eval()
+    names = [name for name, _ in module.named_parameters()]
+    module.img_size = 32  # type: ignore[assignment]
+    batch = images((32, 32))
+    with torch.no_grad():
+        scores, tokens = module.head(module.tokens(batch).mean(1)), module.tokens(batch)
+    model = loaded(module)
+    assert (model.output, model.num_classes) == (words, classes)
+    assert [name for name, _ in model.module.named_parameters()] == names
+    with torch.no_grad():
+        expected = scores if classes else tokens.mean(1)
+        assert torch.allclose(model.module(batch), expected, atol=1e-6)
+
+
+def test_the_class_token_is_taken_where_there_is_one() -> None:
+    """Token maps of a model with a class token give that token, not the mean."""
+    module = WithClassToken(lambda s, t: t)
+    module.img_size = 32  # type: ignore[assignment]
+    model = loaded(module)
+    assert model.output == "class token of the returned tensor"
+    batch = images((32, 32))
+    with torch.no_grad():
+        assert torch.equal(model.module(batch), module.tokens(batch)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (lambda s, t: "text", "returns no .* tensor: str"),
+        (lambda s, t: s.sum(), r"output \[\]|tensor"),
+        (lambda s, t: 1 / 0, "failed on an image of 32x32: division by zero"),
+    ],
+)
+def test_a_forward_without_scores_is_refused(how: Any, says: str) -> None:
+    """No tensor, a scalar, an exception: one line that says what the forward gave."""
+    module = Returns(how)
+    module.img_size = 32  # type: ignore[assignment]
+    with pytest.raises(InputError, match=says):
+        loaded(module)
+
+
+_FILE = """
+import torch
+from torch import nn
+from helper_of_the_file import PATCH
+
+preprocessing = {"size": (32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)}
+
+class Net(nn.Module):
+    img_size = 32
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, PATCH, PATCH)
+        self.head = nn.Linear(8, num_classes)
+    def forward(self, x):
+        return self.head(self.stem(x).flatten(2).mean(2))
+
+def make(num_classes=4):
+    return Net(num_classes)
+
+def plain():
+    return Net()
+
+def broken():
+    raise ValueError("no such weights")
+
+ready = Net(9)
+not_a_model = [1]
+number = lambda: 3
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "helper_of_the_file.py").write_text("PATCH = 8\n")
+    path = tmp_path / "my_net.py"
+    path.write_text(_FILE)
+    return path
+
+
+def test_a_file_gives_its_model_and_preprocessing(script: Path) -> None:
+    """FACTORY may be a function, a class or a module; the file's neighbours and preprocessing are used."""
+    model = load(f"{script}:make", LoadOptions(num_classes=6))
+    assert (model.num_classes, model.image_size, model.spec) == (6, (32, 32), f"{script}:make")
+    assert model.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert load(f"{script}:Net").num_classes == 4
+    assert load(f"{script}:ready").num_classes == 9
+    given = load(f"{script}:plain", LoadOptions(mean=(0.0, 0.0, 0.0), crop_pct=0.5)).preprocessing
+    assert (given.mean, given.std, given.crop_pct) == ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("factory", "error", "says"),
+    [
+        ("nothing", UsageError, "has no nothing"),
+        ("broken", InputError, r"broken\(\) failed: ValueError: no such weights"),
+        ("number", InputError, "returned int, not a torch.nn.Module"),
+    ],
+)
+def test_a_bad_factory_is_one_clear_line(script: Path, factory: str, error: Any, says: str) -> None:
+    """A missing, failing or odd factory says so, with what the file defines."""
+    with pytest.raises(error, match=says) as caught:
+        load(f"{script}:{factory}")
+    assert "\n" not in caught.value.message
+
+
+def test_a_bad_file_is_one_clear_line(tmp_path: Path) -> None:
+    """A missing file, one that does not run, and num_classes for a factory without it."""
+    with pytest.raises(InputError, match="no file at"):
+        load(f"{tmp_path}/none.py:make")
+    path = tmp_path / "bad.py"
+    path.write_text("import nothing_of_the_kind\n")
+    with pytest.raises(InputError, match="failed to run: ModuleNotFoundError"):
+        load(f"{path}:make")
+
+
+def test_num_classes_needs_a_factory_that_takes_it(script: Path) -> None:
+    """--num-classes is not dropped silently."""
+    with pytest.raises(UsageError, match="plain takes no num_classes"):
+        load(f"{script}:plain", LoadOptions(num_classes=3))
