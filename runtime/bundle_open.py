@@ -158,9 +158,9 @@ def _members(archive: zipfile.ZipFile, path: Path) -> Mapping[str, zipfile.ZipIn
     entries = archive.infolist()
     if len(entries) > 2 * MAX_FILES:
         raise UntrustedInput(f"{path} holds {len(entries)} files, the limit is {MAX_FILES}")
-    files = [entry for entry in entries if not entry.is_dir()]
     for entry in entries:
         _check_entry(entry, str(path))
+    files = [entry for entry in entries if not entry.is_dir()]
     check_unique([entry.filename for entry in files], str(path))
     if sum(entry.file_size for entry in files) > MAX_TOTAL_BYTES:
         raise UntrustedInput(f"{path} unfolds to more than {MAX_TOTAL_BYTES >> 30} GiB")
