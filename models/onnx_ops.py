@@ -193,11 +193,6 @@ def _attention(call: Call) -> Tensor:
     return out.transpose(1, 2).flatten(2) if flat else out
 
 
-def _swish(call: Call) -> Tensor:
-    x = call.tensor()
-    return x * torch.sigmoid(call.attribute("alpha", 1.0) * x)
-
-
 def _hard_sigmoid(call: Call) -> Tensor:
     return (call.attribute("alpha", 0.2) * call.tensor() + call.attribute("beta", 0.5)).clamp(0, 1)
 
@@ -255,7 +250,6 @@ _NEURAL: Mapping[str, Op] = {
     "Softplus": _unary(functional.softplus),
     "HardSwish": _unary(functional.hardswish),
     "HardSigmoid": _hard_sigmoid,
-    "Swish": _swish,
     "Gelu": _gelu,
     "Softmax": _softmax,
     "LogSoftmax": _softmax,

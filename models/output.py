@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_leaves
 
 from vit_export.artifacts import Size
 from vit_export.errors import InputError
@@ -45,14 +48,23 @@ class Choice:
 
     def take(self, result: Any) -> Tensor:
         """Follow the path and pool."""
+        return pooled(self.pool, self.follow(result))
+
+    def follow(self, result: Any) -> Tensor:
+        """The tensor at the path."""
         for key in self.path:
             result = getattr(result, key) if _has_field(result, key) else result[key]
         tensor: Tensor = result
-        if self.pool == "class token":
-            return tensor[:, 0]
-        if self.pool == "mean of tokens":
-            return tensor.mean(1)
-        return tensor.mean((2, 3)) if self.pool == "mean of pixels" else tensor
+        return tensor
+
+
+def pooled(pool: Pool, tensor: Tensor) -> Tensor:
+    """[N, T, C] or [N, C, H, W] as [N, C]; [N, K] as it is."""
+    if pool == "class token":
+        return tensor[:, 0]
+    if pool == "mean of tokens":
+        return tensor.mean(1)
+    return tensor.mean((2, 3)) if pool == "mean of pixels" else tensor
 
 
 def select_output(module: nn.Module, size: Size, batch: int = 2) -> Choice:
@@ -60,8 +72,11 @@ def select_output(module: nn.Module, size: Size, batch: int = 2) -> Choice:
 
     Raises InputError when the module cannot run or returns nothing that looks like scores or features.
     """
-    choice = _choose(run(module, size, batch), module, batch)
-    if choice.path or choice.pool:
+    result = run(module, size, batch)
+    choice = _choose(result, module, batch)
+    if isinstance(module, GraphModule):
+        _take_in_graph(module, choice, result)
+    elif choice.path or choice.pool:
         _take_in_forward(module, choice)
     return choice
 
@@ -152,6 +167,21 @@ def _take_in_forward(module: nn.Module, choice: Choice) -> None:
     module._whole_forward = module.forward
     module._choice = choice  # type: ignore[assignment]
     module.forward = MethodType(_forward, module)
+
+
+def _take_in_graph(module: GraphModule, choice: Choice, result: Any) -> None:
+    """torch.export runs a graph's nodes, whatever `forward` its module has: so change the nodes."""
+    leaves = tree_leaves(result)
+    index = next(i for i, leaf in enumerate(leaves) if leaf is choice.follow(result))
+    output = next(iter(module.graph.find_nodes(op="output")))
+    node = tree_leaves(output.args[0])[index]
+    with module.graph.inserting_before(output):
+        if choice.pool:
+            node = module.graph.call_function(pooled, (choice.pool, node))
+        output.args = (node,)
+    module.graph.set_codegen(CodeGen())  # one tensor in, one out: nothing to flatten
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def _forward(self: Any, images: Tensor) -> Tensor:

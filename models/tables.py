@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from math import isqrt
 
 from timm.layers import resize_rel_pos_bias_table
@@ -55,5 +56,7 @@ def _relative(table: Tensor, own: Tensor) -> Tensor:
     if table.shape[1:] != own.shape[1:] or isqrt(len(own)) ** 2 not in (len(own), len(own) - 3):
         return table
     window = (isqrt(len(own)) + 1) // 2
-    resized: Tensor = resize_rel_pos_bias_table(table, (window, window), tuple(own.shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, about timm's interpolation
+        resized: Tensor = resize_rel_pos_bias_table(table, (window, window), tuple(own.shape))
     return resized
