@@ -14,6 +14,7 @@ from typing import Any
 from vit_export.export.coreml_options import CoreMLOptions
 
 GROUP = 32  # output channels that share a palette, iOS 18
+HALF = "_to_fp16"  # what MIL adds to the name of a constant it makes fp16
 SMALLEST = 2048  # elements; below, a palette or scales save nothing (coremltools' own threshold)
 _FLOATS = (10, 11)  # MIL.proto: FLOAT16, FLOAT32
 _WEIGHTS = {"linear": ("weight",), "conv": ("weight",), "matmul": ("x", "y")}  # operation: parameters
@@ -33,10 +34,11 @@ class Compression:
     float_constants: Mapping[str, str]
 
 
-def palettize(model: Any, options: CoreMLOptions) -> Any:
-    """The MLModel with a palette of 2^bits values for each weight (k-means in one dimension, optimal).
+def palettes(weights: Mapping[str, int], options: CoreMLOptions) -> Any:
+    """coremltools' configuration that gives each weight a palette of 2^bits values, and nothing else.
 
-    One palette for every GROUP output channels where the target and the layer allow it, else one a weight.
+    weights: MIL's name of a constant → output channels. One palette for every GROUP channels where target
+    and layer allow it, else one a weight; values by k-means, which in one dimension finds the optimum.
     """
     import coremltools.optimize.coreml as cto
 
@@ -50,12 +52,11 @@ def palettize(model: Any, options: CoreMLOptions) -> Any:
             weight_threshold=SMALLEST,
         )
 
-    weights = {
-        name: config(data.val.shape[0])
-        for name, data in cto.get_weights_metadata(model, weight_threshold=SMALLEST).items()
-        if all(child.op_type in _WEIGHTS for child in data.child_ops) and data.val.ndim > 1
-    }
-    return cto.palettize_weights(model, cto.OptimizationConfig(op_name_configs=weights))
+    return cto.OptimizationConfig(
+        op_name_configs={
+            name + suffix: config(channels) for name, channels in weights.items() for suffix in ("", HALF)
+        }
+    )
 
 
 def count(spec: Any, names: Mapping[str, str]) -> Compression:
@@ -100,5 +101,5 @@ def _float_elements(operation: Any) -> int:
 
 def _named(constant: str, names: Mapping[str, str]) -> str:
     """The module path (of a weight) or full name (of another tensor) behind MIL's name."""
-    stem = constant.removesuffix("_to_fp16")
+    stem = constant.removesuffix(HALF)
     return names.get(stem, stem).removesuffix(".weight")

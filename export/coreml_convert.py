@@ -18,6 +18,7 @@ from torch.fx import Node
 from vit_export.artifacts import BuildRequest, Precision, Program
 from vit_export.errors import InputError, TargetError, UnsupportedOperator
 from vit_export.export import coreml_gaps, coreml_graph
+from vit_export.export.coreml_compress import palettes
 from vit_export.export.coreml_options import CoreMLOptions
 from vit_export.export.graph import exact_attention, module_path
 from vit_export.export.program import exported
@@ -62,7 +63,7 @@ def convert(program: Program, request: BuildRequest, options: CoreMLOptions) -> 
                 inputs=[_input(ct, options, (batch, 3, *program.image_size))],
                 outputs=outputs,
                 classifier_config=classifier,
-                pass_pipeline=coreml_gaps.pipeline(),
+                pass_pipeline=coreml_gaps.pipeline(_palettes(source, program, options)),
                 skip_model_load=True,
             )
     except Exception as error:  # coremltools raises many types; all mean "refused"
@@ -104,6 +105,15 @@ def _normalises(op: Any) -> bool:
         return False
     source = op.inputs["x"].op
     return source is None or bool(_normalises(source))
+
+
+def _palettes(source: ExportedProgram, program: Program, options: CoreMLOptions) -> Any:
+    """Which weights get a palette; None without --palettize."""
+    if not options.palettize:
+        return None
+    channels = {layer.weight: layer.shape[0] for layer in program.layers}
+    names = _names(source).items()
+    return palettes({name: channels[full] for name, full in names if full in channels}, options)
 
 
 def _names(source: ExportedProgram) -> dict[str, str]:

@@ -17,14 +17,20 @@ from functools import cache
 from typing import Any
 
 
-def pipeline() -> Any:
-    """coremltools' default graph passes, without the one that changes numbers and with ours at the end."""
+def pipeline(palettes: Any = None) -> Any:
+    """coremltools' default graph passes, without the one that changes numbers and with ours at the end.
+
+    palettes: a configuration of palettisation, done last.
+    """
     import coremltools as ct
 
     _register_passes()
     passes = ct.PassPipeline()
     passes.remove_passes({"common::fuse_elementwise_to_batchnorm"})
     passes.append_pass("vit_export::forget_output_types")
+    if palettes is not None:
+        passes.append_pass("compression::palettize_weights")
+        passes.set_options("compression::palettize_weights", {"config": palettes})
     return passes
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from vit_export.runtime.mil_constexpr import CONSTEXPR
 from vit_export.runtime.mil_nn_ops import NN_OPS
-from vit_export.runtime.mil_shape_ops import SHAPE_OPS
+from vit_export.runtime.mil_shape_ops import SHAPE_OPS, scatter
 from vit_export.runtime.mil_weights import Array
 
 _ERF_STEPS = 4096  # table entries per unit: linear interpolation is then exact to 1e-8
@@ -118,6 +118,7 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
     "reduce_sum_square": _over_axes(lambda x, **over: np.sum(np.square(x), **over)),
     "relu": lambda x: np.maximum(x, 0),
     "rsqrt": lambda x, epsilon=1e-12: 1.0 / np.sqrt(x + np.float32(epsilon)),
+    "scatter": scatter,
     "sigmoid": sigmoid,
     "silu": lambda x: x * sigmoid(x),
     "sin": lambda x: np.sin(x),

@@ -1,4 +1,4 @@
-"""MIL operations that only move elements: their results need no rounding.
+"""MIL operations on shapes and places. Those in `SHAPE_OPS` only move elements: nothing to round.
 
 Parameter names and defaults are those of the MIL operator reference.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_export.errors import UnsupportedOperator
 from vit_export.runtime.mil_weights import Array
 
 
@@ -104,6 +105,28 @@ def gather(
 def gather_along_axis(x: Array, indices: Array, axis: int = 0, validate_indices: bool = False) -> Array:
     """numpy's take_along_axis."""
     return np.take_along_axis(x, indices, axis)
+
+
+def scatter(
+    data: Array,
+    indices: Array,
+    updates: Array,
+    axis: int = 0,
+    mode: str = "add",
+    validate_indices: bool = False,
+) -> Array:
+    """data with its slices at `indices` along `axis` replaced by, or (default) increased by, `updates`."""
+    if mode not in ("add", "update"):
+        raise UnsupportedOperator(f"the Core ML reference interpreter has no scatter that does {mode}")
+    result = data.copy()
+    place = int(axis) % data.ndim
+    slices = np.moveaxis(result, place, 0)  # a view: writing to it writes to result
+    new = np.moveaxis(updates, range(place, place + np.ndim(indices)), range(np.ndim(indices)))
+    if mode == "add":
+        np.add.at(slices, indices, new)
+    else:
+        slices[indices] = new
+    return result
 
 
 SHAPE_OPS: Mapping[str, Callable[..., Any]] = {

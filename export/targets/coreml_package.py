@@ -30,7 +30,7 @@ class CoreMLTarget(Target):
         )
 
     def _build(self, program: Program, request: BuildRequest) -> tuple[Path, Mapping[str, Any]]:
-        from vit_export.export.coreml_compress import count, palettize
+        from vit_export.export.coreml_compress import count
         from vit_export.export.coreml_convert import convert, quiet
         from vit_export.export.coreml_metadata import describe, facts, finish
 
@@ -40,8 +40,7 @@ class CoreMLTarget(Target):
         converted = convert(program, request, options)
         path = request.folder / "model.mlpackage"
         with quiet():
-            model = palettize(converted.model, options) if options.palettize else converted.model
-            model.save(str(path))
+            converted.model.save(str(path))
         spec = finish(path, describe(request, options), facts(program, request))
         details = {
             "deployment_target": options.target,

@@ -214,6 +214,18 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         lambda x, y: mb.scaled_dot_product_attention(query=x, key=y, value=x, attn_mask=BIAS),
         lambda x, y: F.scaled_dot_product_attention(x, y, x, attn_mask=T(BIAS)),
     ),
+    "scatter_add": (
+        lambda x, y: mb.scatter(
+            data=x, indices=I32[1], updates=mb.gather(x=y, indices=I32[0], axis=1), axis=1
+        ),
+        lambda x, y: x.index_add(1, T(I32[1]), y[:, T(I32[0]).long()]),
+    ),
+    "scatter_update": (
+        lambda x, y: mb.scatter(
+            data=x, indices=I32[0], updates=mb.gather(x=y, indices=I32[0], axis=2), axis=2, mode="update"
+        ),
+        lambda x, y: x.index_copy(2, T(I32[0]).long(), y[:, :, T(I32[0]).long()]),
+    ),
     "select": (
         lambda x, y: mb.select(cond=mb.greater(x=x, y=0.0), a=x, b=y),
         lambda x, y: torch.where(x > 0, x, y),
