@@ -21,6 +21,7 @@ from vit_export.export.trt_manifest import EngineBuild, GraphInput, manifest_pat
 from vit_export.export.trt_options import RTX_CAPABILITIES, FlavorName, TensorRtOptions
 from vit_export.export.trt_sdk import NoDevice, Sdk, load
 
+_ON_DEVICE = "vit-export verify builds and runs it on the device"
 _COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 
 
@@ -48,11 +49,11 @@ def build_engine(
     except MissingExtra as error:
         if options.flavor == "rtx":
             raise
-        build = replace(build, reason=f"{error.message} on this machine; {_on_device(build)}")
+        build = replace(build, reason=f"{error.message} on this machine; {_ON_DEVICE}")
     except NoDevice as error:
-        build = replace(build, reason=f"{error.message}; {_on_device(build)}")
+        build = replace(build, reason=f"{error.message}; {_ON_DEVICE}")
     chips = build.capabilities or RTX_CAPABILITIES
-    lines = commands(graph, target, source, options, chips)
+    lines = commands(graph.name, target.name, source, options, chips)
     build = replace(build, commands=lines, seconds=time.perf_counter() - started)
     _write_whole(build.manifest, json.dumps(build.as_json(), indent=1).encode() + b"\n")
     return build
@@ -63,10 +64,6 @@ def rebuild(manifest: Path, flavor: FlavorName = "auto") -> EngineBuild:
     request = read_request(manifest)
     options = replace(request.options, flavor=flavor)
     return build_engine(request.graph, request.input, options, int8_layers=request.int8_layers)
-
-
-def _on_device(build: EngineBuild) -> str:
-    return f"vit-export verify {build.graph.parent} builds and runs it on the device"
 
 
 def _build(sdk: Sdk, build: EngineBuild, target: Path) -> EngineBuild:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 
 from vit_export.export.trt_manifest import GraphInput
 from vit_export.export.trt_options import TensorRtOptions
@@ -13,9 +13,10 @@ _COMPATIBILITY = {"none": "none", "ampere+": "ampere+", "same": "sameComputeCapa
 
 
 def commands(
-    graph: Path, engine: Path, source: GraphInput, options: TensorRtOptions, capabilities: tuple[str, ...]
+    graph: str, engine: str, source: GraphInput, options: TensorRtOptions, capabilities: tuple[str, ...]
 ) -> Mapping[str, str]:
-    """One line for `trtexec` of TensorRT 10, one of TensorRT 11, one for `tensorrt_rtx`.
+    """One line for `trtexec` of TensorRT 10, one of TensorRT 11, one for `tensorrt_rtx`, to be run in the
+    artifact's folder. graph, engine: file names there.
 
     10 needs to be told that the graph decides precision; in 11 and RTX nothing else exists, and both
     refuse the precision flags of old (--fp16, --int8, --best).
@@ -48,10 +49,10 @@ def _builder_flags(options: TensorRtOptions) -> list[str]:
     return flags
 
 
-def _trtexec_flags(engine: Path, options: TensorRtOptions) -> list[str]:
+def _trtexec_flags(engine: str, options: TensorRtOptions) -> list[str]:
     flags = []
     if options.timing_cache:
-        flags.append(f"--timingCacheFile={engine.with_suffix('.timing')}")
+        flags.append(f"--timingCacheFile={PurePath(engine).with_suffix('.timing')}")
     if options.compatibility != "none":
         flags.append(f"--hardwareCompatibilityLevel={_COMPATIBILITY[options.compatibility]}")
     if options.version_compatible:

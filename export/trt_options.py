@@ -22,7 +22,8 @@ class TensorRtOptions:
 
     flavor: `tensorrt` (Jetson, data centre), `rtx` (consumer GPUs, builds without one), or what is
         installed, TensorRT first.
-    batches: (min, opt, max) images a call; used where the graph's batch is dynamic, one profile.
+    batches: (min, opt, max) images a call; used where the graph's batch is dynamic. Kernels are chosen
+        for opt.
     workspace_mib: scratch memory a layer may use, None for the device's.
     optimization_level: 0 (fast build) to 5 (longest search).
     compatibility: which other GPUs may run the engine (`ampere+`: Ampere and newer; `same`: any of
@@ -34,7 +35,7 @@ class TensorRtOptions:
     """
 
     flavor: FlavorName = "auto"
-    batches: tuple[int, int, int] = (1, 1, 1)
+    batches: tuple[int, int, int] = (1, 1, 16)
     workspace_mib: int | None = None
     optimization_level: int = 3
     compatibility: Compatibility = "none"

@@ -7,8 +7,10 @@ each. Variables that hold SDK objects keep the names of benchmarks/trt_api_confo
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,6 +76,26 @@ class Sdk:
                 f"{self.product} {self.version} needs a GPU to build and found none",
                 "; ".join(self.texts("ERROR", "INTERNAL_ERROR")[:1]) or str(error).splitlines()[0],
             ) from error
+
+
+def why_not_here() -> str:
+    """Why an engine cannot run on this machine, "" when it can: a driver with a GPU, and an SDK.
+
+    Asks the driver itself (libcuda), which needs no CUDA package.
+    """
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return "needs an NVIDIA GPU and driver, and this machine has no driver"
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "needs an NVIDIA GPU, and the driver of this machine finds none"
+    try:
+        load("auto")
+    except MissingExtra as error:
+        return f"{error.message}: {error.hint}"
+    return ""
 
 
 def load(flavor: FlavorName) -> Sdk:

@@ -148,6 +148,13 @@ class TensorRTRunner(Runner):
             jetson=read_jetson(),
         )
 
+    def details(self, images: Images) -> Mapping[str, Any]:
+        """`facts` and the medians of `measure` on `images`, as the report carries them (ms, bytes)."""
+        times = self.measure(images)
+        split = {f"{part.name}_ms": round(getattr(times, part.name).p50, 4) for part in fields(DeviceTimes)}
+        facts: dict[str, Any] = msgspec.to_builtins(self.facts())
+        return {**facts, **split}
+
     def _close(self) -> None:
         self._stack.close()
         self._engine = self._runtime = None

@@ -11,6 +11,7 @@ from vit_export.artifacts import BuildRequest, BuiltArtifact, Precision, Program
 from vit_export.errors import UsageError
 from vit_export.export.target import Target
 from vit_export.export.trt_options import TensorRtOptions
+from vit_export.export.trt_sdk import why_not_here
 
 
 class TensorRtTarget(Target):
@@ -18,7 +19,9 @@ class TensorRtTarget(Target):
 
     The graph is what every TensorRT takes: opset 20 with attention written out (TensorRT fuses it
     itself; 10.3 knows no Attention operator), symmetric int8 with zero point 0, float16 for all the
-    rest. details["not_run"] says why there is no engine, "" when there is one.
+    rest. details["not_built"] says why there is no engine, "" when there is one.
+
+    Options: `trt_` and a field of TensorRtOptions (`trt_flavor`, `trt_batches`, ...), `int8_attention`.
     """
 
     name, package, extra = "tensorrt", "onnx_ir", "export"
@@ -40,14 +43,14 @@ class TensorRtTarget(Target):
         from vit_export.export.trt_graph import int8_layers, strongly_typed
         from vit_export.export.trt_manifest import GraphInput
 
-        options = _options(request)
+        options = _options(request.options)
         profile = self.profile(request.precision, {"opset": request.opset})
         model = to_onnx(program, profile, batch_size=request.batch_size)
         tidy_attention(model)
         facts = strongly_typed(
             model,
             request.precision,
-            request.options.get("samples"),
+            request.samples,
             request.options.get("int8_attention", "auto"),
         )
         model.metadata_props.update(request.metadata)
@@ -60,7 +63,7 @@ class TensorRtTarget(Target):
             "opset": model.opset_imports[""],
             "nodes": model.graph.num_nodes(),
             **facts,
-            "not_run": built.reason,
+            "not_built": built.reason,
             "builder": f"{built.module} {built.version}".strip(),
             "build_seconds": round(built.seconds, 2),
             "compute_capabilities": list(built.capabilities),
@@ -74,11 +77,20 @@ class TensorRtTarget(Target):
         """Runs in TensorRT on this machine's GPU."""
         return Runnable("tensorrt", artifact.path, threads)
 
+    def lowered(self, artifact: BuiltArtifact, threads: int) -> Runnable:
+        """The graph the engine was (or will be) built from, in ONNX Runtime as it is written."""
+        graph = artifact.path.with_suffix(".onnx")
+        return Runnable("onnx", graph, threads, {"optimization": "none"})
 
-def _options(request: BuildRequest) -> TensorRtOptions:
-    """The build options among the request's; others belong to the graph (`int8_attention`, `samples`)."""
-    known = {field.name for field in fields(TensorRtOptions)}
-    unknown = set(request.options) - known - {"int8_attention", "samples"}
+    def not_run(self) -> str:
+        """Without a GPU, its driver and an SDK no engine can run here."""
+        return why_not_here()
+
+
+def _options(options: Mapping[str, Any]) -> TensorRtOptions:
+    """The options named `trt_...`; the others are other targets' or the graph's."""
+    given = {name.removeprefix("trt_"): value for name, value in options.items() if name.startswith("trt_")}
+    unknown = set(given) - {field.name for field in fields(TensorRtOptions)}
     if unknown:
-        raise UsageError(f"target tensorrt has no option {', '.join(sorted(unknown))}")
-    return TensorRtOptions(**{name: value for name, value in request.options.items() if name in known})
+        raise UsageError(f"target tensorrt has no option trt_{', trt_'.join(sorted(unknown))}")
+    return TensorRtOptions(**given)

@@ -47,6 +47,7 @@ def _pvt(size: int) -> nn.Module:
 
 
 _SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+_LESS = {**_SMALL, "depth": 1}
 _PYRAMID = {
     "depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "sr_ratios": (4, 2), "mlp_ratios": (2, 2),
 }  # fmt: skip
@@ -55,12 +56,12 @@ _SWIN = {"window_size": 4, "depths": (2, 1), "embed_dim": 32, "num_heads": (1, 2
 # family → (sizes: native, another), and how to make it at a size
 FAMILIES: Mapping[str, tuple[tuple[int, int], Callable[[int], nn.Module]]] = {
     "vit": ((64, 96), lambda s: _timm("vit_tiny_patch16_224", img_size=s, **_SMALL)),
-    "deit": ((64, 96), lambda s: _timm("deit_tiny_distilled_patch16_224", img_size=s, **_SMALL)),
+    "deit": ((64, 96), lambda s: _timm("deit_tiny_distilled_patch16_224", img_size=s, **_LESS)),
     "pvt_v2": ((64, 96), lambda s: _timm("pvt_v2_b0", **_PYRAMID)),
     "pvt": ((64, 96), _pvt),
     "swin": ((64, 128), lambda s: _timm("swin_tiny_patch4_window7_224", img_size=s, **_SWIN)),
-    "beit": ((64, 96), lambda s: _timm("beit_base_patch16_224", img_size=s, **_SMALL)),
-    "dinov2": ((56, 84), lambda s: _timm("vit_small_patch14_dinov2", img_size=s, **_SMALL)),
+    "beit": ((64, 96), lambda s: _timm("beit_base_patch16_224", img_size=s, **_LESS)),
+    "dinov2": ((56, 84), lambda s: _timm("vit_small_patch14_dinov2", img_size=s, **_LESS)),
 }
 
 

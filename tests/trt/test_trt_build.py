@@ -207,6 +207,44 @@ class TestWithoutEngine:
         assert (built.options.batches, built.int8_layers) == ((1, 2, 4), ("head",))
 
 
+class TestHere:
+    """Whether an engine can run on this machine."""
+
+    class Driver:
+        """libcuda with so many devices."""
+
+        def __init__(self, devices: int, status: int = 0) -> None:
+            self.devices, self.status = devices, status
+
+        def cuInit(self, flags: int) -> int:
+            return self.status
+
+        def cuDeviceGetCount(self, count: object) -> int:
+            count._obj.value = self.devices  # type: ignore[attr-defined]
+            return 0
+
+    @pytest.mark.parametrize(
+        ("driver", "reason"),
+        [
+            (None, "no driver"),
+            (Driver(0), "finds none"),
+            (Driver(1, status=100), "finds none"),
+            (Driver(1), ""),
+        ],
+    )
+    def test_the_driver_is_asked(self, monkeypatch, driver, reason):
+        """No driver, a driver without a GPU, one that fails, and one with a GPU."""
+
+        def load(name: str) -> object:
+            if driver is None:
+                raise OSError(name)
+            return driver
+
+        monkeypatch.setattr(trt_sdk.ctypes, "CDLL", load)
+        said = trt_sdk.why_not_here()
+        assert reason in said and bool(said) is bool(reason)
+
+
 class TestManifest:
     """What another machine may be given."""
 
@@ -280,12 +318,13 @@ class TestOptions:
         lines = build(graph, options).commands
         shapes = " ".join(f"--{w}Shapes=images:{n}x3x4x6" for w, n in (("min", 1), ("opt", 8), ("max", 32)))
         common = f"{shapes} --builderOptimizationLevel=3 --memPoolSize=workspace:512 --noTF32"
-        engine, cache = graph.with_suffix(".engine"), graph.with_suffix(".timing")
-        files = f"--onnx={graph} --saveEngine={engine}"
+        files = "--onnx=model.onnx --saveEngine=model.engine"
         assert lines["TensorRT 10"] == (
-            f"trtexec {files} --stronglyTyped {common} --timingCacheFile={cache} --useCudaGraph"
+            f"trtexec {files} --stronglyTyped {common} --timingCacheFile=model.timing --useCudaGraph"
         )
-        assert lines["TensorRT 11"] == f"trtexec {files} {common} --timingCacheFile={cache} --useCudaGraph"
+        assert (
+            lines["TensorRT 11"] == f"trtexec {files} {common} --timingCacheFile=model.timing --useCudaGraph"
+        )
         assert lines["TensorRT-RTX"] == f"tensorrt_rtx {files} {common} --computeCapabilities=86,120"
         removed = ("--fp16", "--int8", "--best", "--calib", "--workspace=")
         assert not any(flag in line for flag in removed for line in lines.values())

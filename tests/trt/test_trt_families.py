@@ -18,6 +18,7 @@ from vit_export.artifacts import BuildRequest, BuiltArtifact, Precision, Preproc
 from vit_export.errors import UsageError
 from vit_export.export.peaks import run_graph
 from vit_export.export.targets.tensorrt_engine import TensorRtTarget
+from vit_export.runtime.runner import open_runner
 
 # The builder computes convolution scales in float32 whatever it is given, and says so.
 _EXPECTED = {" (foreignNode) Converting conv activation scales to fp32.",
@@ -35,7 +36,7 @@ def build(
 ) -> BuiltArtifact:
     request = BuildRequest(
         precision, folder, Preprocessing((size, size)), batch_size=batch,
-        options={"flavor": "rtx", "batches": (1, 2, 8), "samples": noise(size, 2), **options},
+        samples=noise(size, 2), options={"trt_flavor": "rtx", "trt_batches": (1, 2, 8), **options},
     )  # fmt: skip
     return TensorRtTarget().build(source(family, size, precision), request)
 
@@ -49,7 +50,7 @@ def check(folder: Path, family: str, precision: Precision, size: int, batch: int
     """Built by the real builder, no complaint about types, and the graph is right in ONNX Runtime."""
     artifact = build(folder, family, precision, size, batch)
     details = artifact.details
-    assert artifact.path.suffix == ".engine" and details["not_run"] == ""
+    assert artifact.path.suffix == ".engine" and details["not_built"] == ""
     assert set(details["warnings"]) <= _EXPECTED
     assert details["compute_capabilities"] == ["8.6", "8.9", "12.0", "12.1"]
     images = noise(size, batch or 4)
@@ -129,7 +130,19 @@ class TestGraph:
         assert "Shape" not in inside and "Concat" not in inside
         assert inside.count("Mul") == 1
 
+    def test_the_graph_runs_where_the_engine_cannot(self, built):
+        """`lowered` is the very graph, unoptimised, so numbers are known without a GPU."""
+        runnable = TensorRtTarget().lowered(built, 1)
+        assert runnable.path == built.path.with_suffix(".onnx")
+        with open_runner(runnable) as runner:
+            answer = runner.infer(noise(64))
+        assert sqnr_db(outputs(source("vit", 64, Precision.INT8), noise(64)), answer) >= 20
+
+    def test_commands_name_files_of_the_folder(self, built):
+        """The artifact is built in a temporary folder that is renamed: no command may name that."""
+        assert all(str(built.path.parent) not in line for line in built.details["commands"].values())
+
     def test_unknown_option_is_refused(self, tmp_path):
         """A misspelt target option is an error before anything is exported."""
-        with pytest.raises(UsageError, match="bathces"):
-            build(tmp_path, "vit", Precision.INT8, 64, None, bathces=(1, 1, 1))
+        with pytest.raises(UsageError, match="trt_bathces"):
+            build(tmp_path, "vit", Precision.INT8, 64, None, trt_bathces=(1, 1, 1))

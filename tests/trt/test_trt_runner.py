@@ -207,6 +207,14 @@ class TestMeasure:
         assert facts.cuda_graph == ""
         assert facts.version == "tensorrt 10.3.0"
 
+    def test_details_are_plain_data(self, make_engine, images):
+        """What the report carries is JSON: the split of a call and the device, nested values included."""
+        with opened(make_engine()) as runner:
+            details = json.loads(json.dumps(runner.details(images)))
+        assert details["device"]["capability"] == [8, 7]
+        assert details["compute_ms"] == 3.0
+        assert {"to_device_ms", "to_host_ms", "host_ms", "int8_fallbacks", "cuda_graph"} <= set(details)
+
     def test_fallbacks_are_named_from_the_inspector(self, make_engine):
         """A module the manifest wants in int8 but whose layer reads float16 is reported by name."""
         layers = [
