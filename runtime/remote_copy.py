@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Mapping
 
@@ -18,8 +19,10 @@ from vit_export.runtime.remote_ssh import CONNECTION_LOST, Connection, Done
 
 ATTEMPTS = 4
 PAUSE_SECONDS = 1.0
-# rsync's exit codes for a connection that failed, timed out or ended in the middle of the protocol.
+# Exit codes for a connection that failed, timed out or ended in the middle of the protocol. sftp that
+# writes to a dead ssh is ended by SIGPIPE.
 _RSYNC_LOST = (10, 12, 30, 35, CONNECTION_LOST)
+_SFTP_LOST = (CONNECTION_LOST, -signal.SIGPIPE if hasattr(signal, "SIGPIPE") else CONNECTION_LOST)
 
 
 def copy(bundle: Bundle, connection: Connection, folder: str, *, rsync: bool) -> None:
@@ -35,7 +38,7 @@ def copy(bundle: Bundle, connection: Connection, folder: str, *, rsync: bool) ->
         done = _rsync(bundle, connection, folder) if with_rsync else _sftp(bundle, connection, folder)
         if done.code == 0:
             return
-        if done.code not in (_RSYNC_LOST if with_rsync else (CONNECTION_LOST,)):
+        if done.code not in (_RSYNC_LOST if with_rsync else _SFTP_LOST):
             raise TargetError(f"copying the bundle failed: {done.err}")
     raise TargetError(
         f"the connection broke {ATTEMPTS} times while copying the bundle: {done.err}",

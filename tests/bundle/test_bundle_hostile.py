@@ -9,6 +9,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_the_honest_bundle_opens(good: Path, work: Path) -> None:
     """The corpus is refused for what was changed: unchanged, folder, manifest and zip all open."""
     for path in (good, good / "manifest.json", good.with_suffix(".zip")):
         bundle = open_bundle(path, work)
-        assert bundle.path(ARTIFACT).read_bytes() == b"weights" * 1000
+        assert bundle.path(ARTIFACT).read_bytes() == (good / ARTIFACT).read_bytes()
     assert bundle.folder == work / "bundle"
 
 
@@ -133,10 +134,11 @@ def test_a_lying_header(good: Path, tmp_path: Path, work: Path) -> None:
     """A stream longer than its header says is cut at the announced size and refused."""
     archive = tmp_path / "lie.zip"
     size = (good / "plan.json").stat().st_size
-    rewrite(
-        good, archive,
-        lambda new: new.writestr(entry("plan.json"), b"\0" * (1 << 20), zipfile.ZIP_DEFLATED), skip="plan.json",
-    )  # fmt: skip
+
+    def long_stream(new: zipfile.ZipFile) -> None:
+        new.writestr(entry("plan.json"), b"\0" * (1 << 20), zipfile.ZIP_DEFLATED)
+
+    rewrite(good, archive, long_stream, skip="plan.json")
     data = bytearray(archive.read_bytes())
     for place in (data.rfind(b"PK\x01\x02"), data.rfind(b"PK\x03\x04")):
         offset = place + (24 if data[place + 2] == 1 else 22)
@@ -166,7 +168,7 @@ def test_too_many_or_too_large(good: Path, work: Path, monkeypatch: pytest.Monke
     for module in (bundle_open, bundle_manifest):
         monkeypatch.setattr(module, "MAX_FILES", 3)
     for path in (good, good.with_suffix(".zip")):
-        with pytest.raises(UntrustedInput, match="limit is 3|more than 3|lists"):
+        with pytest.raises(UntrustedInput, match=r"limit is 3|more than 3|lists"):
             open_bundle(path, work)
     monkeypatch.undo()
     monkeypatch.setattr(bundle_open, "MAX_TOTAL_BYTES", 100)
@@ -303,7 +305,7 @@ def test_any_damage_to_a_zip_is_an_error_of_ours(good: Path, tmp_path: Path, dat
     try:
         bundle = open_bundle(tmp_path / "spoiled.zip", work)
         assert bundle.manifest == open_bundle(good, work).manifest
-        assert bundle.path(ARTIFACT).read_bytes() == b"weights" * 1000
+        assert bundle.path(ARTIFACT).read_bytes() == (good / ARTIFACT).read_bytes()
     except InputError:
         pass
     finally:
@@ -327,7 +329,5 @@ def test_any_damage_to_a_manifest_is_an_error_of_ours(good: Path, data: st.DataO
             break
         holder = holder[key]
     holder[key] = data.draw(json_value)
-    try:
+    with suppress(InputError):
         bundle_manifest.decode(json.dumps(manifest).encode(), "test")
-    except InputError:
-        pass

@@ -19,14 +19,15 @@ IMAGES = 40
 CONTRACT = Preprocessing(SIZE)
 
 
-def fake_export(output: Path, **options: Any) -> tuple[Report, SizeImages]:
+def fake_export(output: Path, *, size: int = 7000, **options: Any) -> tuple[Report, SizeImages]:
     """What an export leaves: an artifact in `output`, its report, and the images with FP32 outputs.
 
-    options: of the fake runner that stands for the artifact; the baseline is the fake without any.
+    size: bytes of the artifact. options: of the fake runner that stands for it; the baseline is the fake
+    without any.
     """
     artifact = output / "onnx" / "int8" / "32x32" / "model.onnx"
     artifact.parent.mkdir(parents=True)
-    artifact.write_bytes(b"weights" * 1000)
+    artifact.write_bytes(np.random.default_rng(7).bytes(size))  # as incompressible as weights are
     (output / "plan.json").write_text("{}")
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *SIZE, 3), dtype=np.uint8)
     np.save(output.parent / "pixels.npy", pixels)
@@ -34,7 +35,7 @@ def fake_export(output: Path, **options: Any) -> tuple[Report, SizeImages]:
         logits = runner.infer(CONTRACT.normalize(pixels))
     labels = np.argmax(logits, axis=1).astype(np.int64)
     made = result(
-        image_size=SIZE, artifact="onnx/int8/32x32/model.onnx", bytes=7000, images=IMAGES, sqnr_db=40.0
+        image_size=SIZE, artifact="onnx/int8/32x32/model.onnx", bytes=size, images=IMAGES, sqnr_db=40.0
     )
     images = EvalSet(output.parent / "pixels.npy", CONTRACT, IMAGES, labels, tuple("x" * IMAGES))
     baseline = Baseline(
@@ -53,8 +54,8 @@ def fake_bundle(
     output: Path, *, images: int = IMAGES, labels: bool = True, zipped: bool = False, **options: Any
 ) -> Path:
     """`output/bundle` (or bundle.zip) around a fake artifact."""
-    whole, size = fake_export(output, **options)
+    whole, brought = fake_export(output, **options)
     if not labels:
-        size = replace(size, images=replace(size.images, labels=None))
-    folder = write_bundle(whole, [size], output, images=images, zipped=zipped)
+        brought = replace(brought, images=replace(brought.images, labels=None))
+    folder = write_bundle(whole, [brought], output, images=images, zipped=zipped)
     return output / "bundle.zip" if zipped else folder

@@ -1,0 +1,96 @@
+"""The default model's bundle on a device: the base wheel and onnxruntime in an empty environment."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vit_export.runtime import report_files
+from vit_export.runtime.bundle_open import open_bundle
+
+HEAVY = ("torch", "torchvision", "timm", "onnx", "transformers", "safetensors", "onnxscript", "onnx_ir")
+
+# Runs the command in this process and in its workers alike with a record of what was imported.
+WATCH = f"""
+import atexit, os, sys
+def note():
+    with open(os.environ["IMPORTED"], "a") as file:
+        file.write(" ".join(name for name in {HEAVY!r} if name in sys.modules) + "|onnxruntime" * ("onnxruntime" in sys.modules) + "\\n")
+atexit.register(note)
+"""  # noqa: E501
+
+
+def verify(python: Path, *arguments: object, cwd: Path, **variables: str) -> Any:
+    """`vit-export verify` as a device's user types it, with no variables of ours."""
+    return subprocess.run(
+        [python.with_name("vit-export"), "verify", *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, check=False, timeout=120,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(cwd), **variables},
+    )  # fmt: skip
+
+
+def test_verifies_without_torch(device_export: Any, device_python: Path, tmp_path: Path) -> None:
+    """The zip is verified with neither torch, timm nor onnx installed, let alone imported.
+
+    ONNX Runtime's artifact runs; OpenVINO's, whose runtime is absent, is not_run with its pip command.
+    """
+    site = next((device_python.parents[1] / "lib").glob("python*/site-packages"))
+    assert not [name for name in HEAVY if (site / name).exists()]
+    (tmp_path / "sitecustomize.py").write_text(WATCH)
+    done = verify(
+        device_python, device_export.zipped, "--output", "here", "--target", "onnx", "--target", "openvino",
+        cwd=tmp_path, PYTHONPATH=str(tmp_path), IMPORTED=str(tmp_path / "imported"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "imported").read_text().splitlines()
+    assert len(lines) >= 3  # the command and its workers
+    assert {line.partition("|")[0] for line in lines} == {""}
+    assert any("onnxruntime" in line for line in lines)
+
+    report = report_files.read(tmp_path / "here")
+    ran, absent = report.results
+    assert (ran.target, ran.status, ran.images, ran.top1_drop) == ("onnx", "ok", 30, 0.0)
+    assert ran.sqnr_db is not None and ran.sqnr_db > 30
+    assert ran.latency_ms is not None and ran.latency_ms.runs >= 50
+    assert (absent.target, absent.status) == ("openvino", "not_run")
+    assert "pip install 'vit-export[openvino]'" in absent.reason
+    assert "torch" not in report.environment.versions
+    assert not list((tmp_path / "here").glob(".*"))
+    assert verify(
+        device_python, device_export.bundle, "--target", "openvino", "--require-run", cwd=tmp_path
+    ).returncode == 3  # fmt: skip
+
+
+def test_tampered_artifact_exits_with_2(device_export: Any, device_python: Path, tmp_path: Path) -> None:
+    """One changed byte in the model, or a path out of the folder: exit 2, one line, nothing written."""
+    bundle = Path(shutil.copytree(device_export.bundle, tmp_path / "bundle"))
+    model = bundle / "onnx" / "int8" / "96x96" / "model.onnx"
+    data = bytearray(model.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    model.write_bytes(data)
+    done = verify(device_python, bundle, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "SHA-256 differs" in done.stderr
+    assert "Traceback" not in done.stderr
+
+    evil = tmp_path / "evil.zip"
+    shutil.copyfile(device_export.zipped, evil)
+    with zipfile.ZipFile(evil, "a") as archive:
+        archive.writestr("../../escaped", "x")
+    done = verify(device_python, evil, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "../../escaped" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "evil.zip"]
+
+
+def test_a_second_export_gives_the_same_bundle(
+    device_export: Any, export_again: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """The same command gives the same zip, artifacts of both targets included."""
+    again = export_again(tmp_path / "again").output
+    assert open_bundle(again / "bundle", tmp_path).manifest.varies == ()
+    assert (again / "bundle.zip").read_bytes() == device_export.zipped.read_bytes()
