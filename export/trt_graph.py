@@ -13,6 +13,7 @@ from vit_export.export.peaks import batches, measure_peaks
 from vit_export.export.to_float16 import to_float16
 from vit_export.export.trt_attention import ENOUGH_DB, agreement_db, attentions, quantize_attention
 from vit_export.export.trt_errors import module_path
+from vit_export.export.trt_options import choices
 
 Int8Attention = Literal["auto", "on", "off"]
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -42,6 +43,7 @@ def _attention(
     model: ir.Model, peaks: Mapping[str, float] | None, samples: Images | None, wanted: Int8Attention
 ) -> str:
     """Quantise attention as asked; in words what was done and why."""
+    choices(wanted, Int8Attention, "--int8-attention")
     if wanted == "off":
         return "float16 (--int8-attention off)"
     if peaks is None or samples is None:

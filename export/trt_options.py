@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from vit_export.errors import UsageError
 
@@ -46,6 +46,8 @@ class TensorRtOptions:
     compute_capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
 
     def __post_init__(self) -> None:
+        choices(self.flavor, FlavorName, "--trt-flavor")
+        choices(self.compatibility, Compatibility, "--trt-compatibility")
         low, opt, high = self.batches
         if not 1 <= low <= opt <= high:
             raise UsageError(
@@ -58,6 +60,13 @@ class TensorRtOptions:
             )
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UsageError(f"a workspace of {self.workspace_mib} MiB is too small", "give at least 1 MiB")
+
+
+def choices(value: str, allowed: object, option: str) -> None:
+    """Raise UsageError unless `value` is one of a Literal's."""
+    names = get_args(allowed)
+    if value not in names:
+        raise UsageError(f"{option} {value} is unknown", f"one of {', '.join(names)}")
 
 
 def parse_batches(text: str) -> tuple[int, int, int]:

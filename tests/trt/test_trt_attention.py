@@ -211,5 +211,7 @@ class TestInt8:
             in strongly_typed(attention(), Precision.INT8, None, "auto")["int8_attention"]
         )
         assert "off" in strongly_typed(attention(), Precision.INT8, images(), "off")["int8_attention"]
+        with pytest.raises(UsageError, match="--int8-attention sometimes"):
+            strongly_typed(attention(), Precision.INT8, None, "sometimes")
         with pytest.raises(UsageError, match="needs calibration images"):
             strongly_typed(attention(), Precision.INT8, None, "on")

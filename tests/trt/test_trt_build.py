@@ -303,10 +303,17 @@ class TestOptions:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"batches": (4, 2, 8)}, {"batches": (0, 1, 1)}, {"optimization_level": 6}, {"workspace_mib": 0}],
+        [
+            {"batches": (4, 2, 8)},
+            {"batches": (0, 1, 1)},
+            {"optimization_level": 6},
+            {"workspace_mib": 0},
+            {"flavor": "lite"},
+            {"compatibility": "all"},
+        ],  # fmt: skip
     )
     def test_impossible_options(self, wrong):
-        """A profile out of order, a level or workspace that does not exist."""
+        """A profile out of order, a level, workspace, flavour or compatibility that does not exist."""
         with pytest.raises(UsageError):
             TensorRtOptions(**wrong)
 
