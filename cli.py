@@ -6,22 +6,22 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vit_export import __version__
+from vit_export.cli_options import METHODS, export_job
 from vit_export.cli_verify import verify
 from vit_export.errors import UsageError, VitExportError
 
 if TYPE_CHECKING:
-    from vit_export.artifacts import Precision, Size
+    from vit_export.artifacts import Size
     from vit_export.job import ExportJob
 
 _TARGETS = ("onnx", "openvino", "tensorrt", "coreml")
 # ClickException: of the click package, or of the copy that newer typer carries and has no public name for.
 _UsageMistake: type[Exception] = typer.BadParameter.__mro__[2]
-_METHODS = ("minmax", "percentile", "mse", "entropy")
 
 app = typer.Typer(
     add_completion=False,
@@ -98,7 +98,7 @@ def export(
         Path | None, typer.Option(help="calibration images: folder, folder a class, or .npz")
     ] = None,
     calib_size: Annotated[int, typer.Option(min=1)] = 128,
-    calib_method: Annotated[str, typer.Option(help=", ".join(_METHODS))] = "minmax",
+    calib_method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "minmax",
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="images to judge on, as for --calib")
     ] = None,
@@ -113,7 +113,9 @@ def export(
     std: Annotated[str | None, typer.Option(help="R,G,B on the 0..1 scale")] = None,
     interpolation: Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos")] = None,
     crop_pct: Annotated[float | None, typer.Option(min=0.1)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="fix the batch; dynamic without it")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="N fixes the batch; MIN,OPT,MAX is a TensorRT profile; else dynamic")
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="of every runtime; 0: all physical cores")] = 0,
     opset: Annotated[int | None, typer.Option(help="ONNX opset instead of the target's own")] = None,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("vit-export-out"),
@@ -132,6 +134,19 @@ def export(
         bool, typer.Option("--bundle/--no-bundle", help="write OUTPUT/bundle for vit-export verify")
     ] = True,
     zipped: Annotated[bool, typer.Option("--zip", help="also OUTPUT/bundle.zip")] = False,
+    coreml_target: Annotated[str | None, typer.Option(help="iOS17 or iOS18")] = None,
+    coreml_input: Annotated[str | None, typer.Option(help="tensor or image")] = None,
+    coreml_activations: Annotated[str | None, typer.Option(help="symmetric, asymmetric or float")] = None,
+    palettize: Annotated[int | None, typer.Option(help="4 or 6 bits a Core ML weight")] = None,
+    labels: Annotated[Path | None, typer.Option(help="class names, one a line: a Core ML classifier")] = None,
+    author: Annotated[str | None, typer.Option(help="for the Core ML package")] = None,
+    license: Annotated[str | None, typer.Option(help="for the Core ML package")] = None,
+    int8_attention: Annotated[str | None, typer.Option(help="auto, on or off, for TensorRT")] = None,
+    trt_flavor: Annotated[str | None, typer.Option(help="auto, tensorrt or rtx")] = None,
+    trt_workspace_mib: Annotated[int | None, typer.Option(min=1)] = None,
+    trt_optimization_level: Annotated[int | None, typer.Option(min=0, max=5)] = None,
+    trt_compatibility: Annotated[str | None, typer.Option(help="none, ampere+ or same")] = None,
+    trt_dla_core: Annotated[int | None, typer.Option(min=0)] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="traceback with errors")] = False,
     json: Annotated[
@@ -146,55 +161,7 @@ def export(
     """
     if context.invoked_subcommand is not None:
         return
-    from vit_export.models.config import AdaptConfig, LoadOptions, PosEmbedMode
-
-    options = dict(context.params)
-    job = _job(
-        options,
-        LoadOptions(
-            checkpoint=checkpoint,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            mean=_triple("--mean", mean),
-            std=_triple("--std", std),
-            interpolation=_choice("--interpolation", interpolation),
-            crop_pct=crop_pct,
-            trust_remote_code=trust_remote_code,
-            pos_embed=pos_embed,
-            prefix_tokens=prefix_tokens,
-        ),
-        AdaptConfig(_mode(pos_embed_mode, PosEmbedMode), antialias, pos_embed, prefix_tokens),
-    )
-    _run(job, quiet=quiet or json, as_json=json)
-
-
-def _job(options: dict[str, Any], load: Any, adapt: Any) -> ExportJob:
-    from vit_export.job import ExportJob
-
-    return ExportJob(
-        model=options["model"],
-        load=load,
-        adapt=adapt,
-        image_sizes=tuple(_size(text) for text in options["image_size"] or ()),
-        targets=_targets(options["target"]),
-        precisions=_precisions(options),
-        calib=options["calib"],
-        calib_size=options["calib_size"],
-        observer=_observer(options["calib_method"]),
-        evaluation=options["evaluation"],
-        eval_size=options["eval_size"],
-        keep_float=tuple(options["keep_float"] or ()),
-        max_drop=options["max_drop"],
-        batch_size=options["batch_size"],
-        threads=options["threads"],
-        opset=options["opset"],
-        output=options["output"].absolute(),
-        seed=options["seed"],
-        timeout=options["timeout"],
-        require_run=options["require_run"],
-        bundle_images=options["bundle_images"] if options["bundle"] else None,
-        zipped=options["zipped"],
-    )
+    _run(export_job(context.params), quiet=quiet or json, as_json=json)
 
 
 def _run(job: ExportJob, *, quiet: bool, as_json: bool) -> None:
@@ -244,15 +211,27 @@ def gate(
 
 
 @app.command()
-def report(report: Path_) -> None:
-    """Print a report's table again and write its other formats beside it."""
-    from vit_export.runtime import report_files
+def report(
+    reports: Annotated[list[Path], typer.Argument(help="report.json, or the folder that holds it")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="the page that compares several reports")
+    ] = Path("comparison.html"),
+) -> None:
+    """Print a report's table again and write its other formats beside it; compare several on one page."""
+    from vit_export.runtime import comparison, report_files
     from vit_export.runtime.console import make_console, print_report
 
-    data = report_files.read(report)
-    formats = [name for name in report_files.WRITERS if name != "json"]
-    written = report_files.write(data, report if report.is_dir() else report.parent, formats)
     console = make_console()
+    if len(reports) > 1:
+        runs = comparison.read_runs(reports)
+        comparison.write(runs, output)
+        comparison.print_runs(runs, console)
+        console.print(f"wrote {output}", style="dim", soft_wrap=True)
+        return
+    path = reports[0]
+    data = report_files.read(path)
+    formats = [name for name in report_files.WRITERS if name != "json"]
+    written = report_files.write(data, path if path.is_dir() else path.parent, formats)
     print_report(data, console)
     console.print("wrote " + ", ".join(path.name for path in written), style="dim")
 
@@ -297,64 +276,6 @@ def models(
 
 def _shown(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _size(text: str) -> Size:
-    sides = text.lower().split("x")
-    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise UsageError(f"--image-size {text} is no size", "N or HxW, as 224 or 192x320")
-    return int(sides[0]), int(sides[-1])
-
-
-def _targets(names: list[str] | None) -> tuple[str, ...]:
-    asked = names or ["onnx"]
-    for name in asked:
-        if name not in (*_TARGETS, "all"):
-            raise UsageError(f"unknown target {name!r}", f"one of {', '.join(_TARGETS)}, all")
-    return _TARGETS if "all" in asked else tuple(dict.fromkeys(asked))
-
-
-def _precisions(options: dict[str, Any]) -> tuple[Precision, ...]:
-    from vit_export.artifacts import Precision
-
-    asked = tuple(precision for precision in Precision if options[precision.value])
-    return asked or (Precision.FP32,)
-
-
-def _observer(method: str) -> Any:
-    from vit_export.calibration.entropy import EntropyConfig
-    from vit_export.calibration.mse import MseConfig
-    from vit_export.calibration.observers import MinMaxConfig
-    from vit_export.calibration.percentile import PercentileConfig
-
-    configs = {c.method: c for c in (MinMaxConfig, PercentileConfig, MseConfig, EntropyConfig)}
-    if method not in configs:
-        raise UsageError(f"unknown --calib-method {method!r}", f"one of {', '.join(_METHODS)}")
-    return configs[method]()
-
-
-def _mode(name: str, modes: Any) -> Any:
-    if name not in tuple(modes):
-        raise UsageError(f"unknown --pos-embed-mode {name!r}", f"one of {', '.join(modes)}")
-    return modes(name)
-
-
-def _choice(flag: str, name: str | None) -> Any:
-    from vit_export.artifacts import Interpolation
-
-    if name is not None and name not in tuple(Interpolation):
-        raise UsageError(f"unknown {flag} {name!r}", f"one of {', '.join(Interpolation)}")
-    return None if name is None else Interpolation(name)
-
-
-def _triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
-    if text is None:
-        return None
-    try:
-        red, green, blue = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{flag} {text} is not three numbers", f"{flag} 0.5,0.5,0.5") from error
-    return red, green, blue
 
 
 app.command()(verify)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from vit_export import __version__
 from vit_export.artifacts import (
-    BuildRequest,
     BuiltArtifact,
     EvalSet,
     LoadedModel,
@@ -19,13 +17,10 @@ from vit_export.artifacts import (
     Precision,
     Program,
     QuantPlan,
-    Ranges,
     Runnable,
 )
+from vit_export.build_size import Calibrated, SizeBuilder, calibrated
 from vit_export.calibration.checks import inspect
-from vit_export.calibration.collect import calibrate
-from vit_export.calibration.plan import plan as make_plan
-from vit_export.calibration.plan import save as save_plan
 from vit_export.calibration.preprocess import batches, write_pixels
 from vit_export.errors import ParityError, VitExportError
 from vit_export.export.program import PARITY, save_baseline, trace
@@ -34,7 +29,6 @@ from vit_export.export.target import Target
 from vit_export.job import ExportJob, ImageSources, first_images, synthetic_pixels
 from vit_export.runtime.accuracy import compare, predictions, score
 from vit_export.runtime.bundle import SizeImages
-from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.inference import Prediction, predict
 from vit_export.runtime.latency import Timings, alternate
 from vit_export.runtime.protocol import ProgressCallback
@@ -43,14 +37,6 @@ from vit_export.runtime.verdict import judge
 
 _BLAME_IMAGES = 32  # images on which losses are split by stage
 _BASELINE = "pytorch"
-
-
-def export(program: Program, plan: QuantPlan | None, target: Target, request: BuildRequest) -> BuiltArtifact:
-    """Quantise for a target (when the precision is int8) and build its artifact in request.folder."""
-    profile = target.profile(request.precision, {**request.options, "opset": request.opset})
-    if request.precision is Precision.INT8 and plan is not None:
-        program = quantize(program, plan, profile)
-    return target.build(program, request)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,11 +71,13 @@ class OneSize:
             self.model, batch_size=self.job.batch_size or 1, dynamic_batch=self.job.batch_size is None
         )
         evaluation = self._pixels("eval")
-        calib, ranges, plan = self._calibrate(program)
+        calibration = self._calibrate(program)
+        calib, plan = (calibration.images, calibration.plan) if calibration else (None, None)
         doubts = inspect(calib, evaluation if self.sources.evaluation else None) if calib else ()
         baseline = self._baseline_runnable(program)
         reference = self._predict(_BASELINE, baseline, evaluation, program)
-        built = list(self._build_all(program, plan, ranges))
+        builder = SizeBuilder(self.job, self.model, self.targets, program, calibration, self.notify)
+        built = list(builder.build_all())
         results = [self._check(program, plan, item, reference.logits, evaluation) for item in built]
         timings = self._time(baseline, built, results, evaluation)
         results = [self._timed(result, timings) for result in results]
@@ -123,21 +111,11 @@ class OneSize:
         self.notify(f"preprocess {which} images", 0, len(source))
         return write_pixels(source, self.model.preprocessing, path)
 
-    def _calibrate(self, program: Program) -> tuple[EvalSet | None, Ranges | None, QuantPlan | None]:
+    def _calibrate(self, program: Program) -> Calibrated | None:
         if Precision.INT8 not in self.job.precisions:
-            return None, None, None
-        images = self._pixels("calib")
-        step = 8 if program.dynamic_batch else program.batch_size
-        ranges = calibrate(
-            program,
-            batches(images, step),
-            self.job.observer,
-            progress=lambda done: self.notify("calibrate", done, images.count),
-        )
-        plan = make_plan(ranges, program.layers, keep_float=self.job.keep_float, seed=self.job.seed)
+            return None
         name = "plan.json" if len(self.job.image_sizes) < 2 else f"plan-{self._name}.json"
-        save_plan(plan, self.job.output / name)
-        return images, ranges, plan
+        return calibrated(self.job, program, self._pixels("calib"), self.job.output / name, self.notify)
 
     def _baseline_runnable(self, program: Program) -> Runnable:
         if self.model.baseline_path is not None:
@@ -157,56 +135,6 @@ class OneSize:
             timeout=self.job.timeout,
             progress=lambda _, done, total: self.notify(f"evaluate {name}", done, total),
         )
-
-    def _build_all(
-        self, program: Program, plan: QuantPlan | None, ranges: Ranges | None
-    ) -> Iterator[tuple[Target, BuiltArtifact] | Result]:
-        wanted = [(t, p) for t in self.targets for p in self.job.precisions]
-        for done, (target, precision) in enumerate(wanted):
-            self.notify(f"build {target.name} {precision}", done, len(wanted))
-            try:
-                yield target, self._build(target, precision, program, plan, ranges)
-            except VitExportError as error:
-                yield Result(
-                    target=target.name,
-                    precision=precision,
-                    image_size=self.model.image_size,
-                    status="failed",
-                    reason=str(error),
-                )
-
-    def _build(
-        self,
-        target: Target,
-        precision: Precision,
-        program: Program,
-        plan: QuantPlan | None,
-        ranges: Ranges | None,
-    ) -> BuiltArtifact:
-        final = self.job.output / target.name / precision / self._name
-        with atomic_directory(final) as folder:
-            request = BuildRequest(
-                precision=precision,
-                folder=folder,
-                preprocessing=self.model.preprocessing,
-                opset=self.job.opset,
-                batch_size=self.job.batch_size,
-                ranges=ranges,
-                metadata=self._metadata(precision),
-                options=self.job.options,
-            )
-            artifact = export(program, plan, target, request)
-        return dataclasses.replace(artifact, path=final / artifact.path.relative_to(folder))
-
-    def _metadata(self, precision: Precision) -> Mapping[str, str]:
-        contract = self.model.preprocessing
-        return {
-            "producer": f"vit-export {__version__}",
-            "model": self.model.spec,
-            "precision": precision,
-            "preprocessing": msgspec.json.encode(contract).decode(),
-            "preprocessing_sha256": contract.digest(),
-        }
 
     def _check(
         self,
@@ -250,7 +178,7 @@ class OneSize:
             precision=artifact.precision,
             image_size=artifact.image_size,
             status="ok",
-            artifact=str(artifact.path.relative_to(self.job.output)),
+            artifact=artifact.path.relative_to(self.job.output).as_posix(),
             bytes=artifact.size_bytes,
             kept_float=plan.kept_float() if quantised and plan else (),
             float_fallback_ops=artifact.details.get("float_linears"),

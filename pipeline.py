@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vit_export.artifacts import EvalSet, LoadedModel, Logits, Precision, Runnable
+from vit_export.build_size import export
 from vit_export.calibration.checks import check_labels
 from vit_export.calibration.collect import calibrate
 from vit_export.calibration.images import ImageSource
@@ -31,7 +32,7 @@ from vit_export.export.quantize import quantize
 from vit_export.export.targets import target_named
 from vit_export.job import ExportJob, ImageSources, open_sources
 from vit_export.models import adapt, load
-from vit_export.one_size import OneSize, Outcome, export
+from vit_export.one_size import OneSize, Outcome
 from vit_export.runtime import report_files
 from vit_export.runtime.accuracy import compare, predictions
 from vit_export.runtime.bundle import write_bundle

@@ -122,7 +122,7 @@ def _split(node: ir.Node, value: ir.Value, parts: int) -> Sequence[ir.Value]:
     made.metadata_props.update(node.metadata_props)
     assert node.graph is not None
     node.graph.insert_before(node, made)
-    return made.outputs
+    return list(made.outputs)
 
 
 def _head_source(value: ir.Value | None) -> tuple[ir.Value, int, int | None] | None:

@@ -1,0 +1,129 @@
+"""Calibrating and building all artifacts of one image size, each complete or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from vit_export import __version__
+from vit_export.artifacts import (
+    BuildRequest,
+    BuiltArtifact,
+    EvalSet,
+    Images,
+    LoadedModel,
+    Precision,
+    Program,
+    QuantPlan,
+    Ranges,
+)
+from vit_export.calibration.collect import calibrate
+from vit_export.calibration.plan import plan as make_plan
+from vit_export.calibration.plan import save as save_plan
+from vit_export.calibration.preprocess import batches
+from vit_export.errors import VitExportError
+from vit_export.export.quantize import quantize
+from vit_export.export.target import Target
+from vit_export.job import ExportJob
+from vit_export.runtime.files import atomic_directory
+from vit_export.runtime.protocol import ProgressCallback
+from vit_export.runtime.report_schema import Result
+
+_BATCH = 8  # images a calibration step, where the program takes any number
+_SAMPLES = 8  # images a target may look at while it builds
+
+
+def export(program: Program, plan: QuantPlan | None, target: Target, request: BuildRequest) -> BuiltArtifact:
+    """Quantise for a target (when the precision is int8) and build its artifact in request.folder."""
+    profile = target.profile(request.precision, {**request.options, "opset": request.opset})
+    if request.precision is Precision.INT8 and plan is not None:
+        program = quantize(program, plan, profile)
+    return target.build(program, request)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What calibration gave: the images it saw, what it measured and what was decided."""
+
+    images: EvalSet
+    ranges: Ranges
+    plan: QuantPlan
+
+    def samples(self) -> Images:
+        """The first calibration images, float32 [n <= 8, 3, H, W]."""
+        return next(batches(self.images, _SAMPLES))
+
+
+def calibrated(
+    job: ExportJob, program: Program, images: EvalSet, path: Path, notify: ProgressCallback
+) -> Calibrated:
+    """Run the calibration images through the program, decide, and save the plan at `path`."""
+    ranges = calibrate(
+        program,
+        batches(images, _BATCH if program.dynamic_batch else program.batch_size),
+        job.observer,
+        progress=lambda done: notify("calibrate", done, images.count),
+    )
+    plan = make_plan(ranges, program.layers, keep_float=job.keep_float, seed=job.seed)
+    save_plan(plan, path)
+    return Calibrated(images, ranges, plan)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SizeBuilder:
+    """Builds every target at every precision from one program."""
+
+    job: ExportJob
+    model: LoadedModel
+    targets: Sequence[Target]
+    program: Program
+    calibration: Calibrated | None
+    notify: ProgressCallback
+
+    def build_all(self) -> Iterator[tuple[Target, BuiltArtifact] | Result]:
+        """One artifact, or one failed result, for each target and precision."""
+        wanted = [(target, precision) for target in self.targets for precision in self.job.precisions]
+        for done, (target, precision) in enumerate(wanted):
+            self.notify(f"build {target.name} {precision}", done, len(wanted))
+            try:
+                yield target, self._build(target, precision)
+            except VitExportError as error:
+                yield Result(
+                    target=target.name,
+                    precision=precision,
+                    image_size=self.model.image_size,
+                    status="failed",
+                    reason=str(error),
+                )
+
+    def _build(self, target: Target, precision: Precision) -> BuiltArtifact:
+        height, width = self.model.image_size
+        final = self.job.output / target.name / precision / f"{height}x{width}"
+        known = self.calibration
+        with atomic_directory(final) as folder:
+            request = BuildRequest(
+                precision=precision,
+                folder=folder,
+                preprocessing=self.model.preprocessing,
+                opset=self.job.opset,
+                batch_size=self.job.batch_size,
+                ranges=known.ranges if known else None,
+                metadata=self._metadata(precision),
+                options=self.job.options,
+                samples=known.samples() if known else None,
+            )
+            artifact = export(self.program, known.plan if known else None, target, request)
+        return dataclasses.replace(artifact, path=final / artifact.path.relative_to(folder))
+
+    def _metadata(self, precision: Precision) -> Mapping[str, str]:
+        contract = self.model.preprocessing
+        return {
+            "producer": f"vit-export {__version__}",
+            "model": self.model.spec,
+            "precision": precision,
+            "preprocessing": msgspec.json.encode(contract).decode(),
+            "preprocessing_sha256": contract.digest(),
+        }

@@ -1,0 +1,159 @@
+"""From what a user types to what an ExportJob holds. Imports no stage before it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vit_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from vit_export.artifacts import Precision, Size
+    from vit_export.calibration.observers import ObserverConfig
+    from vit_export.job import ExportJob
+    from vit_export.models.config import AdaptConfig, LoadOptions
+
+TARGETS = ("onnx", "openvino", "tensorrt", "coreml")
+METHODS = ("minmax", "percentile", "mse", "entropy")
+
+# Options that only one target understands, under the names it reads them by.
+TARGET_OPTIONS = (
+    "coreml_target", "coreml_input", "coreml_activations", "palettize", "labels", "author", "license",
+    "int8_attention", "trt_flavor", "trt_workspace_mib", "trt_optimization_level", "trt_compatibility",
+    "trt_dla_core",
+)  # fmt: skip
+
+
+def export_job(options: Mapping[str, Any]) -> ExportJob:
+    """The job that the parsed command line asks for. Raises UsageError for values that cannot be."""
+    from vit_export.job import ExportJob
+
+    fixed, profile = batch(options["batch_size"])
+    extra = {name: options[name] for name in TARGET_OPTIONS if options[name] is not None}
+    if profile is not None:
+        extra["trt_batches"] = profile
+    return ExportJob(
+        model=options["model"],
+        load=load_options(options),
+        adapt=adapt_config(options),
+        image_sizes=tuple(size(text) for text in options["image_size"] or ()),
+        targets=targets(options["target"]),
+        precisions=precisions(options),
+        calib=options["calib"],
+        calib_size=options["calib_size"],
+        observer=observer(options["calib_method"]),
+        evaluation=options["evaluation"],
+        eval_size=options["eval_size"],
+        keep_float=tuple(options["keep_float"] or ()),
+        max_drop=options["max_drop"],
+        batch_size=fixed,
+        threads=options["threads"],
+        opset=options["opset"],
+        output=options["output"].absolute(),
+        seed=options["seed"],
+        timeout=options["timeout"],
+        require_run=options["require_run"],
+        bundle_images=options["bundle_images"] if options["bundle"] else None,
+        zipped=options["zipped"],
+        options=extra,
+    )
+
+
+def load_options(options: Mapping[str, Any]) -> LoadOptions:
+    """How to load the model."""
+    from vit_export.artifacts import Interpolation
+    from vit_export.models.config import LoadOptions
+
+    names = (
+        "checkpoint",
+        "pretrained",
+        "num_classes",
+        "crop_pct",
+        "trust_remote_code",
+        "pos_embed",
+        "prefix_tokens",
+    )
+    return LoadOptions(
+        **{name: options[name] for name in names},
+        mean=triple("--mean", options["mean"]),
+        std=triple("--std", options["std"]),
+        interpolation=choice("--interpolation", options["interpolation"], Interpolation),
+    )
+
+
+def adapt_config(options: Mapping[str, Any]) -> AdaptConfig:
+    """How positions are carried to another image size."""
+    from vit_export.models.config import AdaptConfig, PosEmbedMode
+
+    mode = choice("--pos-embed-mode", options["pos_embed_mode"], PosEmbedMode)
+    return AdaptConfig(mode, options["antialias"], options["pos_embed"], options["prefix_tokens"])
+
+
+def size(text: str) -> Size:
+    """`224` or `192x320` as (height, width)."""
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UsageError(f"--image-size {text} is no size", "N or HxW, as 224 or 192x320")
+    return int(sides[0]), int(sides[-1])
+
+
+def batch(text: str | None) -> tuple[int | None, tuple[int, int, int] | None]:
+    """(fixed batch, profile) of `8`, or of `1,8,32`: min, opt and max of a dynamic batch for TensorRT."""
+    if text is None:
+        return None, None
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--batch-size {text} is no batch", "N, or MIN,OPT,MAX for a TensorRT profile")
+    numbers = [int(part) for part in parts]
+    if len(numbers) == 1:
+        return numbers[0], None
+    return None, (numbers[0], numbers[1], numbers[2])
+
+
+def targets(names: list[str] | None) -> tuple[str, ...]:
+    """The targets asked for, each once; onnx without any."""
+    asked = names or ["onnx"]
+    for name in asked:
+        if name not in (*TARGETS, "all"):
+            raise UsageError(f"unknown target {name!r}", f"one of {', '.join(TARGETS)}, all")
+    return TARGETS if "all" in asked else tuple(dict.fromkeys(asked))
+
+
+def precisions(options: Mapping[str, Any]) -> tuple[Precision, ...]:
+    """The precisions asked for; fp32 without any."""
+    from vit_export.artifacts import Precision
+
+    return tuple(p for p in Precision if options[p.value]) or (Precision.FP32,)
+
+
+def observer(method: str) -> ObserverConfig:
+    """The config of a calibration method."""
+    from vit_export.calibration.entropy import EntropyConfig
+    from vit_export.calibration.mse import MseConfig
+    from vit_export.calibration.observers import MinMaxConfig
+    from vit_export.calibration.percentile import PercentileConfig
+
+    known: Mapping[str, type[ObserverConfig]] = {
+        config.method: config for config in (MinMaxConfig, PercentileConfig, MseConfig, EntropyConfig)
+    }
+    if method not in known:
+        raise UsageError(f"unknown --calib-method {method!r}", f"one of {', '.join(METHODS)}")
+    return known[method]()
+
+
+def choice(flag: str, name: str | None, names: Any) -> Any:
+    """The member of a StrEnum that a flag names; None for None."""
+    if name is not None and name not in tuple(names):
+        raise UsageError(f"unknown {flag} {name!r}", f"one of {', '.join(names)}")
+    return None if name is None else names(name)
+
+
+def triple(flag: str, text: str | None) -> tuple[float, float, float] | None:
+    """`0.5,0.5,0.5` as three numbers."""
+    if text is None:
+        return None
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{flag} {text} is not three numbers", f"{flag} 0.5,0.5,0.5") from error
+    return red, green, blue
