@@ -21,6 +21,7 @@ from vit_export.runtime.report_schema import Report
 WRITERS: Mapping[str, tuple[str, str]] = {
     "json": ("report.json", "vit_export.runtime.report_schema:encode"),
     "md": ("report.md", "vit_export.runtime.report_markdown:render"),
+    "html": ("report.html", "vit_export.runtime.report_html:render"),
     "junit": ("junit.xml", "vit_export.runtime.report_junit:render"),
 }
 MAX_BYTES = 256 << 20  # a report of a million images is a tenth of this

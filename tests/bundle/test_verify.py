@@ -52,7 +52,8 @@ def test_the_report_is_that_of_the_device(tmp_path: Path) -> None:
     assert (report.baseline.top1, report.baseline.runtime_version) == (1.0, "torch 2")
     assert report.device is not None
     assert report.data.eval is not None and report.data.eval.label_ids is not None
-    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["junit.xml", "report.json", "report.md"]
+    written = ["junit.xml", "report.html", "report.json", "report.md"]
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == written
     assert "## Device" in (tmp_path / "here" / "report.md").read_text()
 
 

@@ -109,7 +109,7 @@ def test_write_then_read_gives_the_same_report(tmp_path: Path):
     """Every format is written, and the JSON comes back equal, from the file or its folder."""
     made = report()
     paths = write(made, tmp_path / "out")
-    assert [path.name for path in paths] == ["report.json", "report.md", "junit.xml"]
+    assert [path.name for path in paths] == ["report.json", "report.md", "report.html", "junit.xml"]
     assert read(tmp_path / "out") == made
     assert read(tmp_path / "out" / "report.json") == made
 
@@ -128,7 +128,7 @@ def test_nothing_is_written_if_one_format_fails(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(AttributeError):
         write(report(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UsageError, match="one of json, md, junit"):
+    with pytest.raises(UsageError, match="one of json, md, html, junit"):
         render(report(), "pdf")
 
 
