@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.utils import logging
 
 from vit_export.artifacts import LoadedModel, Size
 from vit_export.errors import CheckpointError, InputError, UntrustedInput
@@ -48,7 +52,7 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
         raise InputError(
             f"no folder {name}", "a model of the Hugging Face hub is downloaded with --pretrained"
         )
-    with downloading(f"hf:{name}", not local):
+    with _quiet(), downloading(f"hf:{name}", not local):
         config = _config(name, options)
         kind = _model_class(config)
         has_weights = not local or any((folder / file).is_file() for file in _WEIGHTS)
@@ -69,6 +73,20 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
         num_classes=config.num_labels if "ForImageClassification" in type(module).__name__ else 0,
         notes=(*notes, *said),
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what matters is raised or noted here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _config(name: str, options: LoadOptions) -> Any:
@@ -116,8 +134,13 @@ def _with_weights(
         raise UntrustedInput(
             f"the weights of hf:{name} would have to be executed to be read", "use a folder with safetensors"
         ) from error
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights of hf:{name} do not fit its config.json: {error}") from error
+    except (RuntimeError, SafetensorError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if "size" in reason or "shape" in reason:
+            raise CheckpointError(f"the weights of hf:{name} do not fit its config.json: {reason}") from error
+        if not Path(name).is_dir():
+            raise  # a failed download
+        raise InputError(f"the weights of hf:{name} cannot be read: {reason}") from error
     missing = sorted(info["missing_keys"])
     if missing and all(".pooler." in f".{key}" for key in missing):
         _owner_of_pooler(

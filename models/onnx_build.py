@@ -74,10 +74,18 @@ class _Builder:
             return
         if node.domain not in _DOMAINS or not (step.op in OPS or step.op in LAYERS):
             raise _unknown(node, step)
+        for name in step.inputs[1:] if step.op == "Resize" else ():
+            self._to_host(name)
         if step.op in OPS and all(not name or name in self.constants for name in step.inputs):
             self._fold(step)
         else:
             self.steps.append(step)
+
+    def _to_host(self, name: str) -> None:
+        """Scales are floats that decide a shape."""
+        value = self.constants.get(name)
+        if isinstance(value, Tensor):
+            self.constants[name] = value.numpy()
 
     def _fold(self, step: Step) -> None:
         inputs = tuple(self.constants[name] if name else None for name in step.inputs)

@@ -74,10 +74,32 @@ def _from_conv(step: Step, constants: Constants) -> nn.Module:
     return Padded([p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair], filled)
 
 
+def _from_conv_transpose(step: Step, constants: Constants) -> nn.Module:
+    weight, bias, given = constants.get(step.inputs[1]), _bias(step, constants), step.attributes
+    pads = list(given.get("pads", [0, 0, 0, 0]))
+    usual = pads[:2] == pads[2:] and "output_shape" not in given and "auto_pad" not in given
+    if not isinstance(weight, Tensor) or weight.ndim != 4 or not usual:
+        raise UnsupportedOperator(f"{step.label} cannot be imported: its weight or padding is not constant")
+    layer = nn.ConvTranspose2d(
+        weight.shape[0],
+        weight.shape[1] * given.get("group", 1),
+        (weight.shape[2], weight.shape[3]),
+        stride=tuple(given.get("strides", [1, 1])),  # type: ignore[arg-type]
+        padding=tuple(pads[:2]),  # type: ignore[arg-type]
+        output_padding=tuple(given.get("output_padding", [0, 0])),  # type: ignore[arg-type]
+        dilation=tuple(given.get("dilations", [1, 1])),  # type: ignore[arg-type]
+        groups=given.get("group", 1),
+        bias=bias is not None,
+        device="meta",
+    )
+    return _fill(layer, weight, bias)
+
+
 LAYERS: Mapping[str, Callable[[Step, Constants], nn.Module | None]] = {
     "MatMul": _from_matmul,
     "Gemm": _from_gemm,
     "Conv": _from_conv,
+    "ConvTranspose": _from_conv_transpose,
 }
 
 

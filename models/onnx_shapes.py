@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from vit_export.models.onnx_call import Call, Host, Value, as_tensor, host_shape
 
+_RESIZE = {"nearest": "nearest", "linear": "bilinear", "cubic": "bicubic"}
+
 
 def _identity(call: Call) -> Value:
     return call.host(0) if call.on_host else call.tensor()
@@ -186,6 +188,26 @@ def _pad(call: Call) -> Tensor:
     return functional.pad(x, amounts, value=value)
 
 
+def _resize(call: Call) -> Tensor:
+    """Images [N, C, H, W] to other sides, the ways PyTorch exports: cubic, linear or nearest."""
+    x = call.tensor()
+    mode, where = (
+        _RESIZE.get(call.attribute("mode", "nearest"), ""),
+        call.attribute("coordinate_transformation_mode", "half_pixel"),
+    )
+    usual = where in ("half_pixel", "pytorch_half_pixel") and not call.attribute("antialias", 0)
+    cubic = mode != "bicubic" or abs(call.attribute("cubic_coeff_a", -0.75) + 0.75) < 1e-6
+    nearest = where == "asymmetric" and call.attribute("nearest_mode", "round_prefer_floor") == "floor"
+    if x.ndim != 4 or not mode or (call.has(1) and call.host(1).size) or "axes" in call.attributes:
+        raise call.unsupported("resizing other than an image's height and width")
+    if not cubic or not (nearest if mode == "nearest" else usual):
+        raise call.unsupported(f"resizing by {mode} at {where} coordinates")
+    corners = None if mode == "nearest" else False
+    if call.has(3):
+        return functional.interpolate(x, size=call.ints(3)[2:], mode=mode, align_corners=corners)
+    return functional.interpolate(x, scale_factor=call.ints(2)[2:], mode=mode, align_corners=corners)
+
+
 def _depth_to_space(call: Call) -> Tensor:
     x, block = call.tensor(), call.attribute("blocksize")
     if call.attribute("mode", "DCR") == "CRD":
@@ -252,6 +274,7 @@ SHAPES: Mapping[str, Any] = {
     "ConstantOfShape": _constant_of_shape,
     "Range": _range,
     "Pad": _pad,
+    "Resize": _resize,
     "DepthToSpace": _depth_to_space,
     "SpaceToDepth": _space_to_depth,
     "ScatterND": _scatter_nd,
