@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vit_export import __version__
+from vit_export.cli_gate import gate
 from vit_export.cli_options import METHODS, export_job
 from vit_export.cli_verify import verify
 from vit_export.errors import UsageError, VitExportError
@@ -187,30 +187,6 @@ def _run(job: ExportJob, *, quiet: bool, as_json: bool) -> None:
 
 
 @app.command()
-def gate(
-    report: Path_,
-    baseline: Annotated[Path | None, typer.Option(help="report to compare with")] = None,
-    rules: Annotated[Path | None, typer.Option(help="TOML file of rules")] = None,
-) -> None:
-    """Judge a report by rules and against another report; a regression gives exit 1."""
-    from vit_export.runtime import gate as gates
-    from vit_export.runtime import report_files
-    from vit_export.runtime.gate_rules import read_rules
-
-    outcome = gates.gate(
-        report_files.read(report),
-        report_files.read(baseline) if baseline else None,
-        read_rules(rules) if rules else None,
-    )
-    text = gates.markdown(outcome)
-    typer.echo(text)
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(text)
-    raise typer.Exit(outcome.exit_code)
-
-
-@app.command()
 def report(
     reports: Annotated[list[Path], typer.Argument(help="report.json, or the folder that holds it")],
     output: Annotated[
@@ -279,6 +255,7 @@ def _shown(size: Size) -> str:
 
 
 app.command()(verify)
+app.command()(gate)
 
 
 def main() -> None:
