@@ -310,7 +310,7 @@ class TestOptions:
             {"workspace_mib": 0},
             {"flavor": "lite"},
             {"compatibility": "all"},
-        ],  # fmt: skip
+        ],
     )
     def test_impossible_options(self, wrong):
         """A profile out of order, a level, workspace, flavour or compatibility that does not exist."""
