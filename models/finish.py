@@ -104,12 +104,5 @@ def _require(good: Tensor, name: str, tensor: Tensor) -> None:
 
 def _classes(module: nn.Module, choice: Choice) -> int:
     """K when the output comes from a classifier, else 0."""
-    if choice.embedding:
-        return 0
     declared = getattr(module, "num_classes", None)
-    if isinstance(declared, int) and not isinstance(declared, bool):
-        return declared if declared == choice.width else 0
-    if "logits" in choice.path:
-        return choice.width
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    return choice.width if linears and linears[-1].out_features == choice.width else 0
+    return choice.width if choice.scores or declared == choice.width else 0

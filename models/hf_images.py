@@ -27,7 +27,7 @@ def preprocessing_of(processor: Mapping[str, Any], size: Size) -> Preprocessing:
     crop_size, do_center_crop, resample, image_mean, image_std, rescale_factor.
     """
     mean, std = _statistics(processor)
-    resize, crop = _shape(processor.get("size")), _shape(processor.get("crop_size"))
+    resize, crop = _side(processor.get("size")), _side(processor.get("crop_size"))
     squash = "shortest_edge" not in (processor.get("size") or {}) and not isinstance(
         processor.get("size"), int
     )
@@ -40,6 +40,11 @@ def preprocessing_of(processor: Mapping[str, Any], size: Size) -> Preprocessing:
         crop_pct=min(1.0, processor.get("crop_pct") or share),
         crop_mode=CropMode.SQUASH if squash else CropMode.CENTER,
     )
+
+
+def own_side(processor: Mapping[str, Any]) -> int | None:
+    """The side of the images the processor itself makes, where it says so."""
+    return _side(processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size"))
 
 
 def class_facts(processor: type) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def _three(value: Any, scale: float) -> tuple[float, float, float]:
     return red / scale, green / scale, blue / scale
 
 
-def _shape(value: Any) -> int | None:
+def _side(value: Any) -> int | None:
     """The short side of `224`, `{"shortest_edge": 256}` or `{"height": 224, "width": 224}`."""
     if isinstance(value, Mapping):
         return value.get("shortest_edge") or min(value.get("height", 0), value.get("width", 0)) or None

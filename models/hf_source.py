@@ -23,7 +23,8 @@ from vit_export.models.checkpoint import load_checkpoint, some
 from vit_export.models.config import LoadOptions
 from vit_export.models.download import downloading
 from vit_export.models.finish import RANDOM_WEIGHTS, finish
-from vit_export.models.hf_images import class_facts, preprocessing_of
+from vit_export.models.geometry import show
+from vit_export.models.hf_images import class_facts, own_side, preprocessing_of
 from vit_export.models.hf_resize import pair
 
 _WEIGHTS = (
@@ -64,6 +65,12 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
     elif not from_weights:
         notes = (RANDOM_WEIGHTS,)
     size = _image_size(config)
+    side = own_side(processor)
+    if side is not None and (side, side) != size:
+        said = (
+            *said,
+            f"the image processor makes images of {side}x{side}, the model was made for {show(size)}",
+        )
     return finish(
         module,
         family=config.model_type,

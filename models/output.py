@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vit_export.artifacts import Size
@@ -29,6 +31,10 @@ EMBEDDINGS = (
 )  # fmt: skip
 Pool = Literal["", "class token", "mean of tokens", "mean of pixels"]
 _NOT_OUTPUTS = ("mask", "loss", "ids_restore", "attentions", "hidden_states", "reshaped_hidden_states")
+_HEADS = {
+    functional.linear, functional.softmax, functional.log_softmax, torch.softmax, torch.addmm, torch.sigmoid,
+    torch.ops.aten.linear, torch.ops.aten.linear.default, torch.ops.aten.softmax, torch.ops.aten.softmax.int,
+}  # fmt: skip
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_pos")
 
 
@@ -37,13 +43,13 @@ class Choice:
     """Where the output is in a forward's result, and how it becomes [N, K].
 
     path: keys and indices to follow. pool: nothing, the class token, or the mean over tokens or pixels.
-    width: K. embedding: True when the name says that it is not class scores.
+    width: K. scores: whether these are class scores, by their name or by the layer they come from.
     """
 
     path: tuple[str | int, ...]
     pool: Pool
     width: int
-    embedding: bool
+    scores: bool
     words: str
 
     def take(self, result: Any) -> Tensor:
@@ -72,13 +78,34 @@ def select_output(module: nn.Module, size: Size, batch: int = 2) -> Choice:
 
     Raises InputError when the module cannot run or returns nothing that looks like scores or features.
     """
-    result = run(module, size, batch)
-    choice = _choose(result, module, batch)
+    with _Heads() as heads:
+        result = run(module, size, batch)
+    choice = _choose(result, module, batch, heads)
     if isinstance(module, GraphModule):
         _take_in_graph(module, choice, result)
     elif choice.path or choice.pool:
         _take_in_forward(module, choice)
     return choice
+
+
+class _Heads(TorchFunctionMode):
+    """Remembers the [N, K] results of linear layers and softmax: class scores come straight out of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._results: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.ndim == 2 and func in _HEADS:
+            self._results.append(result)
+        return result
+
+    def made(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is one of them, or a sum or mean of several (distilled heads)."""
+        if any(result is tensor for result in self._results):
+            return True
+        return sum(result.shape == tensor.shape for result in self._results) == 2
 
 
 def run(module: nn.Module, size: Size, batch: int = 2) -> Any:
@@ -95,7 +122,7 @@ def run(module: nn.Module, size: Size, batch: int = 2) -> Any:
         ) from error
 
 
-def _choose(result: Any, module: nn.Module, batch: int) -> Choice:
+def _choose(result: Any, module: nn.Module, batch: int, heads: _Heads) -> Choice:
     found = [(path, t) for path, t in _tensors(result) if t.ndim in (2, 3, 4) and t.shape[0] == batch]
     if not found:
         raise InputError(
@@ -105,12 +132,13 @@ def _choose(result: Any, module: nn.Module, batch: int) -> Choice:
     path, tensor = min(found, key=lambda item: _rank(*item))
     pool = _pool(tensor, module)
     name = _name(path)
-    embedding = bool(path) and (path[-1] in EMBEDDINGS or bool(pool))
+    named = path[-1] if path else ""
+    scores = not pool and named not in EMBEDDINGS and (named == "logits" or heads.made(tensor))
     others = [_name(p) for p, _ in found if p != path]
     words = f"{pool} of {name}" if pool == "class token" else f"{pool} in {name}" if pool else name
     if others:
         words += f" (also returned: {', '.join(others)})"
-    return Choice(path, pool, tensor.shape[-1] if tensor.ndim < 4 else tensor.shape[1], embedding, words)
+    return Choice(path, pool, tensor.shape[-1] if tensor.ndim < 4 else tensor.shape[1], scores, words)
 
 
 def _name(path: tuple[str | int, ...]) -> str:

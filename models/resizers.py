@@ -144,9 +144,9 @@ def _target(module: nn.Module) -> type[Resizer] | None:
         path = RESIZERS.get(f"{base.__module__}.{base.__qualname__}")
         if path is not None:
             return _import(path)
-    if type(module).__module__.startswith("timm.models.") and hasattr(module, "set_input_size"):
-        return _import(_TIMM) if hasattr(module, "patch_embed") else None
-    return None
+    of_timm = any(base.__module__.startswith("timm.models.") for base in type(module).__mro__)
+    sized = of_timm and hasattr(module, "set_input_size") and hasattr(module, "patch_embed")
+    return _import(_TIMM) if sized else None
 
 
 def _import(path: str) -> type[Resizer]:

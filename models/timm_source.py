@@ -24,6 +24,8 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
     """
     if not timm.is_model(name):
         raise UsageError(f"timm has no model {name!r}", _closest(name))
+    if options.pretrained and options.checkpoint:
+        raise UsageError("--pretrained and --checkpoint are two sets of weights", "give one of them")
     classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
     with downloading(f"the weights of timm:{name}", options.pretrained):
         module = timm.create_model(name, pretrained=options.pretrained, **classes)

@@ -25,6 +25,8 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
         near = get_close_matches(name, models.list_models(module=models), n=3)
         closest = f"closest: {', '.join(near)}" if near else "vit-export models torchvision lists them"
         raise UsageError(f"torchvision has no classification model {name!r}", closest)
+    if options.pretrained and options.checkpoint:
+        raise UsageError("--pretrained and --checkpoint are two sets of weights", "give one of them")
     weights = models.get_model_weights(name).DEFAULT
     with downloading(f"the weights of torchvision:{name}", options.pretrained, host="download.pytorch.org"):
         module: nn.Module = models.get_model(name, **_arguments(weights, options))

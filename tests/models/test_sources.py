@@ -110,6 +110,23 @@ def test_a_folder_with_a_config_alone_has_random_weights_and_says_so(tmp_path: P
     assert "no preprocessor_config.json: ViTImageProcessor" in model.notes[1]
 
 
+def test_a_processor_of_another_size_is_said(tmp_path: Path) -> None:
+    """DINOv2's processor makes 224 images for a table of 518: the model's size is kept, the other named."""
+    crop = {"height": 24, "width": 24}
+    model = load(f"hf:{hf_folder(tmp_path, size={'shortest_edge': 28}, do_center_crop=True, crop_size=crop)}")
+    assert model.image_size == (32, 32)
+    assert model.preprocessing.crop_pct == 24 / 28
+    assert "the image processor makes images of 24x24, the model was made for 32x32" in model.notes
+
+
+def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
+    """--pretrained with --checkpoint is a question, not a guess."""
+    options = LoadOptions(pretrained=True, checkpoint=tmp_path / "w.pt")
+    for spec in ("timm:vit_tiny_patch16_224", "torchvision:vit_b_16"):
+        with pytest.raises(UsageError, match="two sets of weights"):
+            load(spec, options)
+
+
 def test_a_checkpoint_over_a_config(tmp_path: Path) -> None:
     """--checkpoint gives a config its weights."""
     theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**_VIT)).eval()

@@ -227,6 +227,35 @@ def test_the_output_is_found_and_said(how: Any, words: str, classes: int) -> Non
         assert torch.allclose(model.module(batch), expected, atol=1e-6)
 
 
+def test_embeddings_are_told_from_class_scores() -> None:
+    """The same timm backbone is a classifier with a head and an embedding without, inside any module."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    class Wrapped(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.body = VisionTransformer(
+                img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=classes
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    assert loaded(Wrapped(16)).num_classes == 16
+    assert loaded(Wrapped(0)).num_classes == 0
+
+
+def test_a_subclass_of_a_library_model_is_resized_as_its_base() -> None:
+    """A user's subclass of timm's ViT goes through timm's own resizing."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    class Mine(VisionTransformer):
+        pass
+
+    model = loaded(Mine(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3))
+    assert "pos_embed resampled from 4x4 to 6x4" in adapt(model, (48, 32)).notes
+
+
 def test_the_class_token_is_taken_where_there_is_one() -> None:
     """Token maps of a model with a class token give that token, not the mean."""
     module = WithClassToken(lambda s, t: t)
