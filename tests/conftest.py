@@ -68,6 +68,12 @@ def export_again() -> Callable[[Path], Export]:
 
 
 @pytest.fixture(scope="session")
+def export_checkpoint() -> Callable[[Path, Path], Export]:
+    """The default model with other weights, for ONNX Runtime."""
+    return lambda output, checkpoint: run_export(output, ("onnx",), checkpoint)
+
+
+@pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the tree so that no build/ is left in it."""
     folder = tmp_path_factory.mktemp("wheel")
