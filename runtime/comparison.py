@@ -77,9 +77,14 @@ def groups(runs: Sequence[Run]) -> tuple[Group, ...]:
 def rows(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
     """One line an artifact and run, as HEADERS. `vs run 1` is how many times faster than run 1."""
     for group in groups(runs):
-        first = _p50(group.entries[0].found)
+        first = p50(group.entries[0].found)
         for entry in group.entries:
             yield group.name, entry.run.name, *_cells(entry.found, first)
+
+
+def p50(found: Baseline | Result | None) -> float | None:
+    """The median in milliseconds, None where it was not measured."""
+    return found.latency_ms.p50 if found and found.latency_ms else None
 
 
 def doubts(runs: Sequence[Run]) -> Iterator[str]:
@@ -107,19 +112,15 @@ def _named(report: Report) -> Iterator[tuple[str, Baseline | Result]]:
         yield result.name, result
 
 
-def _p50(found: Baseline | Result | None) -> float | None:
-    return found.latency_ms.p50 if found and found.latency_ms else None
-
-
 def _cells(found: Baseline | Result | None, first: float | None) -> tuple[str, ...]:
     if found is None:
         return (*[NONE] * 5, "not in this run")
-    p50 = _p50(found)
+    median = p50(found)
     drop = found.top1_drop if isinstance(found, Result) else None
     return (
-        milliseconds(p50),
+        milliseconds(median),
         milliseconds(found.latency_ms.p99 if found.latency_ms else None),
-        NONE if p50 is None or first is None else f"{first / p50:.2f}x",
+        NONE if median is None or first is None else f"{first / median:.2f}x",
         number(found.top1, ".3f"),
         number(drop, ".1f"),
         status(found) if isinstance(found, Result) else "baseline",

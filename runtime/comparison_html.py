@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vit_export.artifacts import Latency
-from vit_export.runtime.comparison import HEADERS, Group, Run, doubts, groups, rows
+from vit_export.runtime.comparison import HEADERS, Group, Run, doubts, groups, p50, rows
 from vit_export.runtime.html_charts import WITHOUT, Bar, available, bars, figure
-from vit_export.runtime.html_tree import Node, badge, el, items, page, section, table
+from vit_export.runtime.html_tree import Child, Node, badge, el, items, page, section, table
 from vit_export.runtime.report_cells import milliseconds, number
 from vit_export.runtime.report_html import join, summary
 from vit_export.runtime.report_schema import Result
@@ -16,7 +15,7 @@ from vit_export.runtime.report_schema import Result
 def render(runs: Sequence[Run]) -> bytes:
     """The runs as one HTML file that needs no network."""
     title = f"vit-export: {len(runs)} runs compared"
-    body = [[*cells[:-1], badge(cells[-1])] for cells in rows(runs)]
+    body: list[list[Child]] = [[*cells[:-1], badge(cells[-1])] for cells in rows(runs)]
     drawn = [chart for chart in (_latency(runs), _drop(runs)) if chart] if available() else []
     return page(
         title,
@@ -53,14 +52,8 @@ def _card(run: Run) -> Node:
 
 
 def _latency(runs: Sequence[Run]) -> Node | None:
-    def read(one: Latency | None) -> Bar:
-        return Bar(one.p50 if one else None)
-
     found = groups(runs)
-    series = {
-        run.name: [read(g.entries[i].found.latency_ms if g.entries[i].found else None) for g in found]
-        for i, run in enumerate(runs)
-    }
+    series = {run.name: [Bar(p50(g.entries[i].found)) for g in found] for i, run in enumerate(runs)}
     return _grouped("Latency", "Median milliseconds for one call; shorter is better.", found, series)
 
 

@@ -53,21 +53,24 @@ def bars(
     whiskers = any(bar.interval for values in series.values() for bar in values)
     printed = not stacked and not whiskers
     lines = len(labels) * (1 if stacked else len(series))
+    columns = 1 if max(map(len, series)) > 20 else 2
     kind = pygal.HorizontalStackedBar if stacked else pygal.HorizontalBar
     ticks = _ticks(0.0, 100.0) if stacked else _ticks(*_extent(series.values(), 1.2 if printed else 1.0))
     chart = kind(
         **_config(_palette(len(series))),
-        height=100 + 24 * lines + 10 * len(labels),
+        height=85 + 24 * lines + 10 * len(labels) + 20 * math.ceil(len(series) / columns),
+        legend_at_bottom_columns=columns,
+        show_legend=len(series) > 1,
         value_formatter=lambda value: f"{value:.3g}",
         print_values=printed,
         print_values_position="top",  # at the bar's end; report.css lets the text begin there
         range=(ticks[0], ticks[-1]),
         truncate_label=-1,
     )
-    chart.x_labels = [printable(label) for label in reversed(labels)]  # pygal counts from the bottom
+    chart.x_labels = [_short(label) for label in reversed(labels)]  # pygal counts from the bottom
     chart.y_labels = _labels(ticks)
     for name, values in series.items():
-        chart.add(printable(name), [_bar(bar) for bar in reversed(values)])
+        chart.add(_short(name), [_bar(bar) for bar in reversed(values)])
     return _svg(chart)
 
 
@@ -95,7 +98,7 @@ def plane(points: Sequence[Point], x: str, y: str) -> ElementTree.Element:
     )
     for number, point in enumerate(points, 1):
         dot = {"value": (point.x, point.y), "label": str(number)}
-        chart.add(f"{number}  {printable(point.name)}", [dot], stroke=False)
+        chart.add(f"{number}  {_short(point.name)}", [dot], stroke=False)
     return _svg(chart)
 
 
@@ -135,6 +138,12 @@ def _config(palette: Sequence[str]) -> dict[str, Any]:
         "style": style, "width": WIDTH, "js": (), "legend_at_bottom": True, "truncate_legend": -1,
         "legend_box_size": 12, "margin": 8, "margin_right": 24,
     }  # fmt: skip
+
+
+def _short(text: str) -> str:
+    """A name that leaves room for its bar; the table beside the chart has it whole."""
+    safe = printable(text)
+    return safe if len(safe) <= 40 else f"{safe[:19]}…{safe[-20:]}"
 
 
 def _extent(series: Iterable[Sequence[Bar]], room: float) -> tuple[float, float]:

@@ -44,7 +44,8 @@ def page(title: str, *body: Child) -> bytes:
         el("style", _STYLE.read_text("utf-8")),
     )
     document = el("html", head, el("body", *body), lang="en")
-    return b"<!DOCTYPE html>\n" + ElementTree.tostring(document, "utf-8", method="html") + b"\n"
+    text: str = ElementTree.tostring(document, "unicode", method="html")
+    return f"<!DOCTYPE html>\n{text}\n".encode()
 
 
 def section(title: str, *children: Child) -> Node | None:

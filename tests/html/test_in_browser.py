@@ -1,0 +1,199 @@
+"""The pages in chromium: the default model's report, one with every kind of row, and a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from contracts.sample_report import IMAGES, report
+from vit_export.runtime import comparison, report_files
+from vit_export.runtime.report_schema import Gate, PackedIds, Report, StageLoss
+
+PAGES = ("default", "every-kind", "comparison")
+CHARTS = {
+    "default": ["Latency", "Accuracy lost", "Accuracy against latency", "Which stage to blame"],
+    "every-kind": ["Latency", "Accuracy lost", "Accuracy against latency", "Which stage to blame"],
+    "comparison": ["Latency", "Accuracy lost"],
+}
+HOSTILE = "<script>alert(1)</script><img src='http://127.0.0.1:9/x.png' onerror='alert(2)'>&amp;\"\x1b[31m"
+
+# Each text with its colour and the first opaque colour behind it, as [text, [r, g, b], [r, g, b]].
+_COLOURS = """
+const rgb = c => { const m = c.match(/[\\d.]+/g).map(Number); return m[3] === 0 ? null : m.slice(0, 3); };
+const behind = n => { for (; n; n = n.parentElement) { const c = rgb(getComputedStyle(n).backgroundColor);
+                      if (c) return c; } return [255, 255, 255]; };
+const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const text = walker.currentNode.data.trim(), node = walker.currentNode.parentElement;
+  if (!text || node.closest('style')) continue;
+  const style = getComputedStyle(node);
+  found.push([text, rgb(node.closest('svg') ? style.fill : style.color), behind(node)]);
+}
+return found;
+"""
+
+# Texts of charts that reach out of their drawing, which would be cut off.
+_CUT = """
+return [...document.querySelectorAll('figure svg')].flatMap(svg => {
+  const frame = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('text')].filter(t => {
+    const box = t.getBoundingClientRect();
+    return box.width && (box.left < frame.left - 1 || box.right > frame.right + 1
+                         || box.top < frame.top - 1 || box.bottom > frame.bottom + 1);
+  }).map(t => t.textContent);
+});
+"""
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory, device_export: Any) -> dict[str, Path]:
+    """Each page as vit-export writes it."""
+    folder = tmp_path_factory.mktemp("pages")
+    odd = every_kind()
+    (written,) = report_files.write(odd, folder, ["html"])
+    (folder / "a").mkdir()
+    report_files.write(odd, folder / "a", ["json"])
+    both = folder / "comparison.html"
+    comparison.write(comparison.read_runs([device_export.output, folder / "a"]), both)
+    return {"default": device_export.output / "report.html", "every-kind": written, "comparison": both}
+
+
+def every_kind() -> Report:
+    """Failed, not run, undecided, held and shipped rows, flips, kept layers, and a hostile name."""
+    before = np.arange(IMAGES) % 10
+    before[[3, 8, 44]] = [5, 5, 1]
+    base = report()
+    stages = (
+        StageLoss(stage="quantize", sqnr_db=22.0, agreement=0.98),
+        StageLoss(stage="lower", sqnr_db=None, agreement=1.0),
+        StageLoss(stage="runtime", sqnr_db=26.0, agreement=0.99),
+    )
+    undecided = Gate(rule="top1_drop", value=0.2, limit=0.3, passed=None)
+    results = [
+        msgspec.structs.replace(r, stages=stages, kept_float=("blocks.0.attn.qkv",), gates=(undecided,))
+        if r.status == "ok"
+        else r
+        for r in base.results
+    ]
+    return msgspec.structs.replace(
+        base,
+        model=msgspec.structs.replace(base.model, spec=HOSTILE, family=HOSTILE),
+        command=f"vit-export --model '{HOSTILE}'",
+        baseline=msgspec.structs.replace(base.baseline, predictions=PackedIds.pack(before)),
+        results=tuple(results),
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_console_error_and_no_request(browser, pages, page):
+    """Opening a page asks for the file alone and prints nothing to the console, hostile names or not."""
+    browser.open(pages[page])
+    assert browser.console() == []
+    assert browser.requests() == [pages[page].as_uri()]
+    assert browser.count("script, link, img, iframe, [src], [onerror]") == 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_chart_is_drawn_whole(browser, pages, page):
+    """Each chart has a size, shapes, a text alternative with its numbers, and no text cut off."""
+    browser.open(pages[page])
+    drawn = browser.run("""return [...document.querySelectorAll('figure')].map(f => {
+        const svg = f.querySelector('svg'), box = svg.getBoundingClientRect();
+        const shapes = [...svg.querySelectorAll('.series .rect, .series .dot, .ci path')];
+        return [f.querySelector('strong').innerText, svg.getAttribute('role'),
+                svg.getAttribute('aria-label'), box.width, box.height,
+                shapes.filter(s => s.getBoundingClientRect().width > 2).length]; })""")
+    assert [chart[0] for chart in drawn] == CHARTS[page]
+    for title, role, words, width, height, shapes in drawn:
+        assert role == "img" and words.startswith(f"{title}. ") and any(c.isdigit() for c in words)
+        assert width > 300 and height > 80 and shapes >= 2, title
+    assert browser.run(_CUT) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keyboard_reaches_and_scrolls_every_table(browser, pages, page):
+    """Tab goes through all tables in order with a visible focus, and the arrow keys scroll a wide one."""
+    browser.open(pages[page], width=360)
+    regions = browser.run("return [...document.querySelectorAll('table')].map(t => t.caption.innerText)")
+    reached = []
+    for _ in regions:
+        browser.tab()
+        reached.append(browser.focused())
+        assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert regions and reached == regions
+    browser.run("document.querySelector('.scroll').focus()")
+    for _ in range(4):
+        browser.press(Keys.ARROW_RIGHT)
+    assert browser.driver.execute_async_script(
+        "const done = arguments[0], box = document.activeElement, since = performance.now();"
+        "(function wait() { if (box.scrollLeft > 0 || performance.now() - since > 3000) done(box.scrollLeft);"
+        " else requestAnimationFrame(wait); })();"
+    ) > 0  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [360, 1100])
+@pytest.mark.parametrize("page", PAGES)
+def test_both_schemes_have_contrast_and_fit(browser, pages, page, width):
+    """In light and dark all text has a contrast of 4.5 (WCAG AA), and the page never scrolls sideways."""
+    papers = []
+    for scheme in ("light", "dark"):
+        browser.open(pages[page], width=width, scheme=scheme)
+        texts = browser.run(_COLOURS)
+        faint = {text for text, ink, paper in texts if contrast(ink, paper) < 4.5}
+        assert len(texts) > 50 and not faint
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+        papers.append(browser.run("return getComputedStyle(document.body).backgroundColor"))
+        assert browser.screenshot(f"{page}-{scheme}-{width}").stat().st_size > 20_000
+    assert papers[0] != papers[1]
+
+
+def test_print_is_black_on_white_and_whole(browser, pages):
+    """Printed from a dark desktop, the page is light and its tables are not clipped."""
+    browser.open(pages["every-kind"], scheme="dark")
+    browser.emulate("print", "dark")
+    texts = browser.run(_COLOURS)
+    assert all(contrast(ink, (255, 255, 255)) >= 4.5 for _, ink, _ in texts)
+    assert browser.run("return getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
+
+
+def test_every_kind_of_row_reads_correctly(browser, pages):
+    """Failed, not run and undecided say so and why; nothing that was not measured looks measured."""
+    browser.open(pages["every-kind"])
+    cards = browser.run("return [...document.querySelectorAll('.card')].map(c => c.innerText)")
+    said = {card.splitlines()[0]: " ".join(card.split()) for card in cards}
+    assert "NOT RUN needs an NVIDIA GPU and driver" in said["tensorrt int8 224x224"]
+    assert "FAILED <b>died</b> | with SIGSEGV" in said["coreml int8 224x224"]
+    assert "SHIP" in said["onnx fp16 224x224"] and "HOLD" in said["openvino int8 224x224"]
+    assert "top1_drop: 0.2, limit 0.3: UNDECIDED (too few images to decide)" in said["onnx fp16 224x224"]
+    assert "2 of 6 artifacts can ship: 2 hold, 1 failed, 1 not run." in browser.text()
+    row = browser.run("""return [...document.querySelectorAll('tbody tr')].map(r => r.innerText.split('\\t'))
+        .find(cells => cells[0].startsWith('tensorrt'))""")
+    assert row[1:] == ["-"] * 8 + ["NOT RUN"]
+    latency = browser.run("return document.querySelector('figure svg').getAttribute('aria-label')")
+    assert "tensorrt" not in latency and "onnx fp16, 2.57x: p50 37.0 ms, p99 74.0 ms" in latency
+
+
+def test_hostile_names_are_shown_as_they_are(browser, pages):
+    """Markup in a model's name is text in the heading, the window's title and the command."""
+    browser.open(pages["every-kind"])
+    shown = HOSTILE.replace("\x1b[31m", "")
+    assert browser.run("return document.querySelector('h1').textContent") == f"vit-export: {shown}"
+    assert browser.driver.title == f"vit-export: {shown}"
+    assert shown in browser.run("return document.querySelector('pre').textContent")
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """WCAG 2.2 contrast ratio of two sRGB colours."""
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: tuple[int, ...]) -> float:
+    """WCAG 2.2 relative luminance."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+    return float(np.dot((0.2126, 0.7152, 0.0722), linear))
