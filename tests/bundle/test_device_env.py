@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import zipfile
@@ -94,3 +95,22 @@ def test_a_second_export_gives_the_same_bundle(
     again = export_again(tmp_path / "again").output
     assert open_bundle(again / "bundle", tmp_path).manifest.varies == ()
     assert (again / "bundle.zip").read_bytes() == device_export.zipped.read_bytes()
+
+
+def test_the_base_install_has_wheels_for_arm(device_python: Path, wheel: Path) -> None:
+    """pip resolves the base install, ONNX Runtime and OpenVINO to wheels for 64-bit ARM Linux."""
+    platforms = [f"--platform=manylinux_2_{glibc}_aarch64" for glibc in (17, 27, 28, 31)]
+    done = subprocess.run(
+        [
+            device_python, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--report=-",
+            "--target=unused", "--only-binary=:all:", "--python-version=3.11", "--implementation=cp",
+            "--platform=manylinux2014_aarch64", *platforms,
+            f"vit-export[onnxruntime,openvino] @ {wheel.as_uri()}",
+        ],
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    urls = [item["download_info"]["url"] for item in json.loads(done.stdout)["install"]]
+    compiled = [url for url in urls if not url.endswith("none-any.whl")]
+    assert {"numpy", "pillow", "msgspec", "onnxruntime"} <= {url.split("/")[-1].split("-")[0] for url in urls}
+    assert all("aarch64" in url for url in compiled)
