@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.utils import logging
@@ -33,8 +33,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# The encoder is what runs on a device; the rest of these is for training.
-_ENCODERS = {"ViTMAEForPreTraining": "ViTMAEModel", "ViTForMaskedImageModeling": "ViTModel"}
+_TRAINING = ("ForPreTraining", "ForMaskedImageModeling")
 _PROCESSOR = "preprocessor_config.json"
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3}
 
@@ -58,7 +57,9 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
         kind = _model_class(config)
         has_weights = not local or any((folder / file).is_file() for file in _WEIGHTS)
         from_weights = has_weights and options.checkpoint is None
-        module, notes = _with_weights(name, kind, config, options) if from_weights else (kind(config), ())
+        module, notes = (
+            _with_weights(name, kind, config, options) if from_weights else (_random(kind, config), ())
+        )
         processor, said = _processor(name, config)
     if options.checkpoint is not None:
         notes = load_checkpoint(module, options.checkpoint)
@@ -77,7 +78,7 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
         preprocessing=preprocessing_of(processor, size),
         options=options,
         size=size,
-        num_classes=config.num_labels if "ForImageClassification" in type(module).__name__ else 0,
+        num_classes=None if config.num_labels else 0,  # num_labels 0 names an embedding `logits`
         notes=(*notes, *said),
     )
 
@@ -114,15 +115,27 @@ def _config(name: str, options: LoadOptions) -> Any:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that config.json names (the encoder of one for pre-training), else AutoModel's."""
+    """The class that config.json names; of a model for pre-training its encoder, which runs on a device."""
+    own = getattr(config, "auto_map", None) or {}
+    if own:
+        return AutoModelForImageClassification if "AutoModelForImageClassification" in own else AutoModel
     named = (config.architectures or [""])[0]
-    kind = getattr(transformers, _ENCODERS.get(named, named), None)
+    kind = None if named.endswith(_TRAINING) else getattr(transformers, named, None)
     if kind is not None:
         return kind
     try:
-        return AutoModel._model_mapping[type(config)]
+        kind = AutoModel._model_mapping[type(config)]
     except KeyError as error:
         raise InputError(f"transformers has no model for {config.model_type!r}") from error
+    return kind[0] if isinstance(kind, tuple) else kind
+
+
+def _random(kind: Any, config: Any) -> nn.Module:
+    if kind in (AutoModel, AutoModelForImageClassification):
+        module: nn.Module = kind.from_config(config, trust_remote_code=True)  # allowed where config was read
+        return module
+    made: nn.Module = kind(config)
+    return made
 
 
 def _with_weights(

@@ -45,7 +45,6 @@ RESIZERS: Mapping[str, str] = {
 }
 # Any class of timm that can set its own input size.
 _TIMM = "timm_resize:TimmSized"
-_PLAIN = "user_module:PlainModule"
 
 
 class Resizer(ABC):

@@ -31,6 +31,26 @@ _VIT: dict[str, Any] = {
 }
 
 
+_OWN_CODE = """
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+class MyConfig(PreTrainedConfig):
+    model_type = "my-vit"
+    image_size: int = 16
+
+class MyModel(PreTrainedModel):
+    config_class = MyConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.stem = nn.Conv2d(3, 8, 8, 8)
+        self.classifier = nn.Linear(8, config.num_labels)
+        self.post_init()
+    def forward(self, pixel_values):
+        return {"logits": self.classifier(self.stem(pixel_values).mean((2, 3)))}
+"""
+
+
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No name resolves, whatever machine the test runs on."""
@@ -249,6 +269,18 @@ def test_a_config_with_its_own_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text("raise SystemExit('ran')\n")
     with pytest.raises(UntrustedInput, match="comes with its own code"):
         load(f"hf:{tmp_path}")
+
+
+def test_code_of_the_folder_runs_when_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With trust_remote_code a folder's own model loads like any other."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "my_vit.py").write_text(_OWN_CODE)
+    auto = {"AutoConfig": "my_vit.MyConfig", "AutoModelForImageClassification": "my_vit.MyModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "my-vit", "auto_map": auto}))
+    model = load(f"hf:{folder}", LoadOptions(trust_remote_code=True, num_classes=4))
+    assert (model.family, model.num_classes, model.image_size) == ("my-vit", 4, (16, 16))
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "no-such-type"}'])
