@@ -73,7 +73,7 @@ class SshOptions:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A process that ended. err: the last line it wrote to stderr."""
+    """A process that ended. err: what it said on stderr, in one line."""
 
     code: int
     out: bytes
@@ -185,4 +185,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _last_line(text: bytes) -> str:
     lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    ours = [line for line in lines if line.startswith(("error: ", "internal error: "))]  # its hint follows
+    return (ours or lines or [""])[-1].removeprefix("error: ")[:300]

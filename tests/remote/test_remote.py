@@ -311,6 +311,7 @@ def test_a_copy_damaged_there_is_refused_there(server: sshd.Server, bundle: Bund
     spoiling.chmod(0o755)
     (outcome,) = verify_on([server.url], bundle, server, tmp_path, python=str(spoiling))
     assert isinstance(outcome.error, InputError)
+    assert "plan.json has" in outcome.error.message  # its words, not ours
     assert server.left == []
 
 
