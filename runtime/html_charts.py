@@ -58,7 +58,7 @@ def bars(
     ticks = _ticks(0.0, 100.0) if stacked else _ticks(*_extent(series.values(), 1.2 if printed else 1.0))
     chart = kind(
         **_config(_palette(len(series))),
-        height=85 + 24 * lines + 10 * len(labels) + 20 * math.ceil(len(series) / columns),
+        height=100 + 24 * lines + 10 * len(labels) + 20 * math.ceil(len(series) / columns),
         legend_at_bottom_columns=columns,
         show_legend=len(series) > 1,
         value_formatter=lambda value: f"{value:.3g}",
@@ -82,7 +82,7 @@ def plane(points: Sequence[Point], x: str, y: str) -> ElementTree.Element:
     frontier = sorted((p.x, p.y) for p in points if p.best)
     chart = pygal.XY(
         **_config(("var(--soft)", *_palette(len(points)))),
-        height=320 + 20 * len(points),
+        height=335 + 20 * len(points),
         x_title=x,
         y_title=y,
         print_labels=True,
@@ -137,6 +137,7 @@ def _config(palette: Sequence[str]) -> dict[str, Any]:
     return {
         "style": style, "width": WIDTH, "js": (), "legend_at_bottom": True, "truncate_legend": -1,
         "legend_box_size": 12, "margin": 8, "margin_right": 24,
+        "margin_bottom": 28,  # pygal rounds the legend's rows down
     }  # fmt: skip
 
 

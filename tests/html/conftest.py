@@ -41,8 +41,10 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
+        """What the page asked for, itself first; the browser's own start page is not the page's doing."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return [e["request"]["url"] for e in sent if e["documentURL"] == self.driver.current_url]
 
     def run(self, script: str) -> Any:
         return self.driver.execute_script(script)
