@@ -220,11 +220,9 @@ def _store_plans(report: Report, output: Path, folder: Path) -> Iterator[str]:
 
 def _link_tree(output: Path, folder: Path, place: Path) -> None:
     """The artifact's folder with hard links to its files, or copies across file systems."""
-    if place.is_absolute() or ".." in place.parts or (folder / place).exists():
-        return  # several results may share one package
     for source in sorted((output / place).rglob("*")):
         target = folder / source.relative_to(output)
-        if source.is_file() and not source.name.startswith("."):
+        if source.is_file() and not source.name.startswith(".") and not target.exists():  # results may share
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(source, target)
 

@@ -33,6 +33,7 @@ _CACHE = ".cache/vit-export"
 _NO_FOLDER, _NO_PYTHON = 91, 93  # exit codes of _PROBE
 _COLUMNS = ("artifact", "p50 ms", "p99 ms", "top-1", "drop", "agree", "SQNR", "verdict")
 _MAX_HOSTS = 32
+_CLEAN_SECONDS = 60.0  # also after the host's own time is up
 
 _PROBE = """umask 077
 mkdir -p {folder} || exit 91
@@ -119,7 +120,7 @@ def _on_host(bundle: Bundle, connection: Connection, job: VerifyJob) -> Report:
         return _report(connection, _run(connection, job, folder))
     finally:
         if not connection.options.keep:
-            connection.shell(f"rm -rf -- {folder}")
+            connection.renewed(_CLEAN_SECONDS).shell(f"rm -rf -- {folder}")
 
 
 def _probe(connection: Connection, folder: str) -> bool:

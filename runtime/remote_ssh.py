@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vit_export.errors import TargetError, UsageError
@@ -106,6 +106,10 @@ class Connection:
         self._work = work
         self._stop = stop
         self._deadline = time.monotonic() + options.timeout
+
+    def renewed(self, seconds: float) -> Connection:
+        """The same host with a deadline of its own."""
+        return Connection(self.host, replace(self.options, timeout=seconds), self._work, self._stop)
 
     @property
     def ssh_options(self) -> list[str]:

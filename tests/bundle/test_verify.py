@@ -129,6 +129,25 @@ def test_a_crashing_builder_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
         build_here.build_here("boom", artifact, timeout=60)
 
 
+def test_an_engine_is_built_from_the_bundled_graph(tmp_path: Path) -> None:
+    """The real TensorRT-RTX builder, in its own process, makes the engine a device would run."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'vit-export[tensorrt-rtx]'")
+    from contracts.trt_graphs import SIZE, save_linear
+    from vit_export.export.trt_manifest import EngineBuild, GraphInput, manifest_path
+    from vit_export.export.trt_options import TensorRtOptions
+
+    graph = save_linear(tmp_path / "model.onnx", None)
+    options = TensorRtOptions(compute_capabilities=("8.6",))
+    stored = EngineBuild(manifest_path(graph), graph, GraphInput("images", SIZE), options)
+    stored.manifest.write_text(json.dumps(stored.as_json()))
+    engine = build_here.build_here("tensorrt", graph, timeout=200)
+    assert engine == tmp_path / "model.engine"
+    assert engine.stat().st_size > 1000
+    graph.write_bytes(b"another graph")
+    with pytest.raises(InputError, match="is not the graph"):
+        build_here.build_here("tensorrt", graph, timeout=200)
+
+
 def test_what_needs_no_building_is_opened_as_it_is(tmp_path: Path) -> None:
     """Runners without a builder get the stored file."""
     assert build_here.build_here("onnx", tmp_path / "model.onnx", timeout=1) == tmp_path / "model.onnx"
