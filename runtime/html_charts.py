@@ -17,7 +17,7 @@ from vit_export.runtime.html_tree import Node, el
 from vit_export.runtime.report_cells import printable
 
 WITHOUT = "Charts are left out: they need  pip install 'vit-export[html]'"
-WIDTH = 480  # of the drawing; small enough that its text stays legible on a 360 px screen
+WIDTH = 440  # of the drawing; small enough that its text stays legible on a 360 px screen
 _COLOURS = tuple(f"var(--c{i})" for i in range(6))
 
 
@@ -55,7 +55,10 @@ def bars(
     lines = len(labels) * (1 if stacked else len(series))
     columns = 1 if max(map(len, series)) > 20 else 2
     kind = pygal.HorizontalStackedBar if stacked else pygal.HorizontalBar
-    ticks = _ticks(0.0, 100.0) if stacked else _ticks(*_extent(series.values(), 1.2 if printed else 1.0))
+    steps = 4 if max(map(len, labels)) < 20 else 2  # long labels leave a narrow axis
+    ticks = (
+        _ticks(0.0, 100.0) if stacked else _ticks(*_extent(series.values(), 1.2 if printed else 1.0), steps)
+    )
     chart = kind(
         **_config(_palette(len(series))),
         height=100 + 24 * lines + 10 * len(labels) + 20 * math.ceil(len(series) / columns),
@@ -70,7 +73,7 @@ def bars(
     chart.x_labels = [_short(label) for label in reversed(labels)]  # pygal counts from the bottom
     chart.y_labels = _labels(ticks)
     for name, values in series.items():
-        chart.add(_short(name), [_bar(bar) for bar in reversed(values)])
+        chart.add(_short(name, 24), [_bar(bar) for bar in reversed(values)])
     return _svg(chart)
 
 
@@ -132,7 +135,7 @@ def _config(palette: Sequence[str]) -> dict[str, Any]:
         opacity="1",
         stroke_opacity="1",
         transition="0s",
-        **{f"{part}_font_size": 13 for part in sizes},
+        **{f"{part}_font_size": 14 for part in sizes},
     )
     return {
         "style": style, "width": WIDTH, "js": (), "legend_at_bottom": True, "truncate_legend": -1,
@@ -141,10 +144,10 @@ def _config(palette: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _short(text: str) -> str:
+def _short(text: str, most: int = 40) -> str:
     """A name that leaves room for its bar; the table beside the chart has it whole."""
     safe = printable(text)
-    return safe if len(safe) <= 40 else f"{safe[:19]}…{safe[-20:]}"
+    return safe if len(safe) <= most else f"{safe[:4]}…{safe[5 - most :]}"
 
 
 def _extent(series: Iterable[Sequence[Bar]], room: float) -> tuple[float, float]:
@@ -160,11 +163,13 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
     return min(values) - margin, max(values) + margin
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers whose first and last enclose [low, high]."""
+def _ticks(low: float, high: float, steps: int = 4) -> list[float]:
+    """Round numbers at about `steps` even steps whose first and last enclose [low, high]."""
     span = (high - low) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if 4 * power * factor >= span * (1 - 1e-9))
+    power = 10.0 ** math.floor(math.log10(span / steps))
+    step = next(
+        power * factor for factor in (1, 2, 2.5, 5, 10) if steps * power * factor >= span * (1 - 1e-9)
+    )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [step * i for i in range(first, max(last, first + 1) + 1)]
 
