@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vit_export.artifacts import LoadedModel, Size
 from vit_export.errors import MissingExtra, UsageError
@@ -43,32 +43,26 @@ def load(spec: str = DEFAULT, options: LoadOptions | None = None) -> LoadedModel
     CheckpointError, NumericsError for NaN or Inf weights, MissingExtra without the `export` extra.
     """
     source, name = _source(spec)
-    _require_torch()
-    loader: Callable[[str, LoadOptions], LoadedModel] = import_module(f"{__name__}.{source}").load
+    loader: Callable[[str, LoadOptions], LoadedModel] = _module(source).load
     return replace(loader(name, options or LoadOptions()), spec=spec)
 
 
 def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> LoadedModel:
-    """The model for another image size (height, width); see `models.adapt`."""
-    from vit_export.models.adapt import adapt as _adapt
-
-    return _adapt(model, size, config)
+    """The model for another image size (height, width); see `models.adaptation`."""
+    adapted: LoadedModel = _module("adaptation").adapt(model, size, config)
+    return adapted
 
 
 def available(pattern: str | None = None) -> list[ModelRow]:
     """What can be named as a SPEC, all or what matches a glob or part of a name; see `models.catalog`."""
-    _require_torch()
-    from vit_export.models.catalog import available as _available
-
-    return _available(pattern)
+    rows: list[ModelRow] = _module("catalog").available(pattern)
+    return rows
 
 
 def describe(spec: str) -> ModelRow:
     """Native size, size step and position scheme of one model; see `models.catalog`."""
-    _require_torch()
-    from vit_export.models.catalog import describe as _describe
-
-    return _describe(spec)
+    row: ModelRow = _module("catalog").describe(spec)
+    return row
 
 
 def _source(spec: str) -> tuple[str, str]:
@@ -85,6 +79,9 @@ def _source(spec: str) -> tuple[str, str]:
     return source, spec
 
 
-def _require_torch() -> None:
-    if util.find_spec("torch") is None or util.find_spec("timm") is None:
-        raise MissingExtra("torch" if util.find_spec("torch") is None else "timm", "export")
+def _module(name: str) -> Any:
+    """A module of this package, imported now; MissingExtra where what it needs is not installed."""
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        raise MissingExtra((error.name or name).partition(".")[0], "export") from error

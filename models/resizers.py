@@ -120,14 +120,16 @@ class Several(Resizer):
 def find(module: nn.Module, size: Size | None = None, config: AdaptConfig | None = None) -> Resizer:
     """The Resizer of a module, or of the known models inside it.
 
-    size: what the module takes now, where the caller knows; config: settles a plain module's table.
+    size: what the module takes now, where the caller knows. config: a table named in it makes any module
+    a plain one, with that table.
     """
-    found = tuple(parts(module, size))
+    config = config or AdaptConfig()
+    found = tuple(parts(module, size)) if config.pos_embed is None else ()
     if found:
         return found[0] if len(found) == 1 else Several(module, found)
     from vit_export.models.user_module import PlainModule
 
-    return PlainModule(module, size, config or AdaptConfig())
+    return PlainModule(module, size, config)
 
 
 def parts(module: nn.Module, size: Size | None = None) -> list[Resizer]:

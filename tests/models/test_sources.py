@@ -316,6 +316,16 @@ def test_the_catalogue_is_searched() -> None:
         describe("timm:nothing-like-it")
 
 
+def test_public_names_stay_functions_after_use() -> None:
+    """Using adapt or load imports modules of the package; none of them takes a public function's place."""
+    import vit_export.models as package
+
+    model = package.load()
+    package.adapt(model, (model.image_size[0] * 2, model.image_size[1]))
+    assert all(callable(getattr(package, name)) for name in package.__all__)
+    assert package.adapt(model, model.image_size).module is model.module
+
+
 def test_the_package_imports_without_torch() -> None:
     """A device without torch can import the package; asking for a model names the extra."""
     script = """
@@ -323,17 +333,16 @@ import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "timm", "transformers", "torchvision", "onnx", "safetensors"):
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Block())
-import importlib.util
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name in ("torch", "timm") else found(name, *a)
 from vit_export import models
 from vit_export.errors import MissingExtra
-try:
-    models.load("digits-vit")
-except MissingExtra as error:
-    print(error)
+for spec in ("digits-vit", "hf:folder", "model.onnx"):
+    try:
+        models.load(spec)
+    except MissingExtra as error:
+        print(error.package, error.hint)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "torch is not installed\n  pip install 'vit-export[export]'"
+    hint = "pip install 'vit-export[export]'"
+    assert result.stdout.splitlines() == [f"timm {hint}", f"transformers {hint}", f"onnx {hint}"]

@@ -115,6 +115,17 @@ def test_the_wrong_table_does_not_pass_unnoticed() -> None:
         adapt(loaded(TwoTables()), (64, 64), AdaptConfig(pos_embed="two"))
 
 
+def test_the_flag_wins_over_what_the_library_knows() -> None:
+    """--pos-embed on a library's model resamples that table, with the same result here."""
+    from contracts.families import FAMILIES
+
+    model = FAMILIES["timm vit"].load()
+    flagged = adapt(model, (48, 32), AdaptConfig(pos_embed="pos_embed"))
+    with torch.no_grad():
+        batch = images((48, 32))
+        assert torch.equal(flagged.module(batch), adapt(model, (48, 32)).module(batch))
+
+
 def test_a_flag_that_fits_nothing_lists_what_there_is() -> None:
     """--pos-embed with an unknown name lists the parameters it could have been."""
     with pytest.raises(UsageError, match="--pos-embed missing") as caught:

@@ -31,7 +31,7 @@ def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> 
     module = deepcopy(model.module)
     notes = resizers.find(module, model.image_size, config).resize(size, config, model.spec)
     try:
-        output = run(module, size)
+        output = run(module, size, batch=1)
     except InputError as error:
         raise BadSize(show(size), model.spec, error.message, []) from error
     if not torch.isfinite(output).all():
