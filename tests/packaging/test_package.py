@@ -35,7 +35,7 @@ def test_the_wheel_holds_the_tree_and_no_more(tmp_path: Path) -> None:
     modules = {n for n in _tree() if n.endswith(".py") and not n.startswith("data/training/")}
     data = {n for n in _tree() if Path(n).suffix in (".safetensors", ".npz") or n == "py.typed"}
     data |= {n for n in _tree() if n.startswith("data/") and n.endswith(".json")}
-    data |= {n for n in _tree() if n.endswith(".schema.json")}
+    data |= {n for n in _tree() if n.endswith((".schema.json", "report.css"))}
     assert names == {f"vit_export/{name}" for name in modules | data}
     assert wheel.stat().st_size < 8_000_000
 
