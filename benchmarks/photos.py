@@ -15,8 +15,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CALIBRATION = ("astronaut", "coffee", "motorcycle_left", "retina", "grass", "hubble_deep_field", "china", "brick")
-EVALUATION = ("chelsea", "rocket", "camera", "ihc", "gravel", "coins", "moon", "flower", "motorcycle_right", "cell")
+CALIBRATION = (
+    "astronaut",
+    "coffee",
+    "motorcycle_left",
+    "retina",
+    "grass",
+    "hubble_deep_field",
+    "china",
+    "brick",
+)
+EVALUATION = (
+    "chelsea",
+    "rocket",
+    "camera",
+    "ihc",
+    "gravel",
+    "coins",
+    "moon",
+    "flower",
+    "motorcycle_right",
+    "cell",
+)
 SIZE = 224
 
 
@@ -30,7 +50,9 @@ def photograph(name: str) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
-def crops(image: Image.Image, count: int, sides: tuple[int, int], rng: np.random.Generator) -> list[Image.Image]:
+def crops(
+    image: Image.Image, count: int, sides: tuple[int, int], rng: np.random.Generator
+) -> list[Image.Image]:
     """Seeded square crops with a side in `sides`, half of them mirrored, resized to SIZE."""
     made = []
     for _ in range(count):

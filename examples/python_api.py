@@ -1,6 +1,6 @@
 """The stages as functions: quantise a timm model for OpenVINO, keeping its classifier float.
 
-    python examples/python_api.py PHOTOS OUT
+python examples/python_api.py PHOTOS OUT
 """
 
 from __future__ import annotations
