@@ -35,8 +35,11 @@ class Export:
         return self.output / "bundle.zip"
 
 
-def run_export(output: Path, targets: tuple[str, ...], checkpoint: Path | None = None) -> Export:
-    """The default model in int8, judged on 300 images; timed briefly, for no test here looks at a time."""
+def run_export(output: Path, checkpoint: Path | None = None) -> Export:
+    """The default model in int8 for ONNX Runtime, judged on 300 images.
+
+    Timed briefly: no test that uses it looks at a time.
+    """
     from vit_export import one_size, pipeline
     from vit_export.artifacts import Precision
     from vit_export.job import ExportJob
@@ -46,7 +49,7 @@ def run_export(output: Path, targets: tuple[str, ...], checkpoint: Path | None =
         return alternate(runnables, **settings, rounds=1, warmup=1, runs=3, min_seconds=0.0)
 
     job = ExportJob(
-        load=LoadOptions(checkpoint=checkpoint), targets=targets, precisions=(Precision.INT8,),
+        load=LoadOptions(checkpoint=checkpoint), targets=("onnx",), precisions=(Precision.INT8,),
         eval_size=EVAL_IMAGES, bundle_images=BUNDLE_IMAGES, zipped=True, output=output,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -57,20 +60,14 @@ def run_export(output: Path, targets: tuple[str, ...], checkpoint: Path | None =
 
 @pytest.fixture(scope="session")
 def device_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """digits-vit for ONNX Runtime and OpenVINO, with a bundle of 30 images."""
-    return run_export(tmp_path_factory.mktemp("device") / "out", ("onnx", "openvino"))
+    """digits-vit for ONNX Runtime, with a bundle of 30 images."""
+    return run_export(tmp_path_factory.mktemp("device") / "out")
 
 
 @pytest.fixture(scope="session")
-def export_again() -> Callable[[Path], Export]:
-    """The export of `device_export`, made once more in another folder."""
-    return lambda output: run_export(output, ("onnx", "openvino"))
-
-
-@pytest.fixture(scope="session")
-def export_checkpoint() -> Callable[[Path, Path], Export]:
-    """The default model with other weights, for ONNX Runtime."""
-    return lambda output, checkpoint: run_export(output, ("onnx",), checkpoint)
+def export_with() -> Callable[[Path, Path | None], Export]:
+    """Makes the export of `device_export` again in another folder, with other weights if a file is given."""
+    return run_export
 
 
 @pytest.fixture(scope="session")

@@ -43,12 +43,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def worse_export(device_export: Any, export_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def worse_export(device_export: Any, export_with: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same export from weights perturbed until at least two points are lost."""
     folder = tmp_path_factory.mktemp("worse")
     checkpoint = folder / "perturbed.safetensors"
     _perturb(device_export.output, checkpoint)
-    return export_checkpoint(folder / "out", checkpoint)
+    return export_with(folder / "out", checkpoint)
 
 
 def _perturb(output: Path, checkpoint: Path) -> None:
