@@ -238,20 +238,19 @@ def models(
     pattern: Annotated[str | None, typer.Argument(help="GLOB, or a SPEC to describe")] = None,
 ) -> None:
     """What can be loaded: native size, sizes it can take, and how it encodes positions."""
-    from vit_export.models import available
+    from vit_export.models import available, describe
     from vit_export.runtime.console import make_console, plain_table
 
-    rows = available(pattern)
+    one = pattern is not None and (":" in pattern or pattern == "digits-vit") and "*" not in pattern
+    rows = [describe(str(pattern))] if one else available(pattern)
     if not rows:
         raise UsageError(f"no model matches {pattern}", "vit-export models '*deit*'")
-    body = [
-        (r.spec, _shown(r.image_size), f"{r.multiple[0]}x{r.multiple[1]}", str(r.positions)) for r in rows
-    ]
+    body = [(r.spec, _shown(r.size), _shown(r.multiple), str(r.positions)) for r in rows]
     make_console().print(plain_table(("spec", "native", "multiple of", "positions"), body))
 
 
-def _shown(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
+def _shown(size: Size | None) -> str:
+    return "its own" if size is None else f"{size[0]}x{size[1]}"
 
 
 app.command()(verify)

@@ -1,6 +1,6 @@
 """DINOv2-S at 224 as a user's own file: `vit-export --model examples/dinov2.py:backbone --checkpoint FILE`.
 
-FILE holds timm's vit_small_patch14_dinov2 with its 518-pixel position table. `classifier` adds a linear head of
+FILE holds the weights of timm's vit_small_patch14_dinov2 at 518 pixels. `classifier` adds a linear head of
 ten classes, whose weights the checkpoint must hold too (benchmarks/dinov2_probe.py writes such a file).
 """
 

@@ -170,3 +170,13 @@ def test_missing_extra_is_one_line(vit_export: Any, tmp_path: Path, monkeypatch:
     run = vit_export("--target", "openvino", "--output", tmp_path / "out")
     _refused(run, 3, "openvino is not installed", "pip install 'vit-export[openvino]'")
     assert not (tmp_path / "out").exists()
+
+
+def test_models_lists_and_describes(vit_export: Any) -> None:
+    """A pattern lists native sizes and position schemes; a SPEC is described by making the model."""
+    run = vit_export("models", "*vit_small_patch14_dinov2*")
+    assert run.code == 0 and "518x518" in run.out and "absolute table" in run.out
+    run = vit_export("models", "digits-vit")
+    assert run.code == 0 and "96x96" in run.out and "8x8" in run.out
+    run = vit_export("models", "no-such-thing")
+    assert run.code == 2 and "no model matches" in run.err
