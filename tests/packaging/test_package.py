@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import time
@@ -25,8 +26,12 @@ def _tree() -> set[str]:
 
 def test_the_wheel_holds_the_tree_and_no_more(tmp_path: Path) -> None:
     """Every module and data file is in the wheel under vit_export/, and nothing else is."""
+    source = tmp_path / "source"  # a copy: a build folder left in the tree would end up in the wheel
+    for name in _tree():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, source / name)
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
         check=True,
         capture_output=True,
     )
