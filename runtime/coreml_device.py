@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from vit_export.errors import RunnerError
 from vit_export.runtime.mil_program import Package, import_coremltools
@@ -53,7 +52,6 @@ class AppleModel:
         self._ct = import_coremltools()
         self._function = function
         self._units = self._ct.ComputeUnit[compute_units]
-        self._images = frozenset(feature.name for feature in package.inputs(function) if feature.colors)
         self._folder = tempfile.TemporaryDirectory(prefix="vit-export-")
         self._compiled = str(Path(self._folder.name) / f"{package.path.stem}.mlmodelc")
         started = time.perf_counter()
@@ -66,9 +64,8 @@ class AppleModel:
         self.load_seconds = time.perf_counter() - started
 
     def predict(self, features: Mapping[str, Any]) -> Mapping[str, Any]:
-        """One call, as Interpreter.predict: images are uint8 [1, H, W, 3]."""
-        given = {name: _image(value) if name in self._images else value for name, value in features.items()}
-        outputs: Mapping[str, Any] = self._model.predict(given)
+        """One call, as MLModel.predict: tensors are arrays, images PIL images."""
+        outputs: Mapping[str, Any] = self._model.predict(dict(features))
         return outputs
 
     def placement(self) -> Placement:
@@ -116,12 +113,6 @@ def _shares(plan: Any, function: str) -> tuple[dict[str, float], dict[str, int]]
         operations[_DEVICES.get(kind, kind)] += 1
     total = sum(cost.values()) or 1.0
     return {device: share / total for device, share in cost.items()}, dict(operations)
-
-
-def _image(pixels: Any) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(np.ascontiguousarray(pixels.reshape(pixels.shape[-3:])))
 
 
 def main(path: str, compute_units: str, function: str) -> None:

@@ -35,8 +35,8 @@ class Interpreter:
         {'logits': array([[...]], dtype=float32)}
     """
 
-    def __init__(self, path: Path, function: str | None = None) -> None:
-        package = Package(path)
+    def __init__(self, path: Path | Package, function: str | None = None) -> None:
+        package = path if isinstance(path, Package) else Package(path)
         program = package.function(function or package.function_names[0])
         self.function_names = package.function_names
         self.metadata = package.metadata

@@ -186,6 +186,23 @@ class TestAppleRunner(CoreMLContract):
         ) as runner:
             self.close(runner.infer(normalised), logits(normalised))
 
+    def test_timing_converts_an_image_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Turning tensors back into images is not in the measured time, and never serves another array."""
+        from vit_export.runtime import coreml_runner
+
+        converted = []
+        pixels = coreml_runner._pixels
+        monkeypatch.setattr(coreml_runner, "_pixels", lambda x, c: (converted.append(1), pixels(x, c))[1])
+        levels = np.random.default_rng(4).integers(0, 256, (2, *SIZE, 3), dtype=np.uint8)
+        first, second = (CONTRACT.normalize(levels[i : i + 1]) for i in range(2))
+        with open_runner(
+            Runnable("coreml", folder / "image.mlpackage", options={"backend": "apple"})
+        ) as runner:
+            runner.time(first, warmup=3, runs=20)
+            assert len(converted) == 2  # the untimed check, then once for all timed calls
+            for images in (second, first):
+                np.testing.assert_allclose(runner.infer(images), logits(images), atol=1e-4)
+
     def test_placement(self, folder: Path) -> None:
         """Placement is shares of estimated cost over devices, without constants, from another process."""
         found = placement(folder / "one.mlpackage", "CPU_AND_NE")
