@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def assumed(options: LoadOptions) -> tuple[Preprocessing, tuple[str, ...]]:
 
 def override(preprocessing: Preprocessing, options: LoadOptions) -> Preprocessing:
     """The preprocessing with the user's --mean, --std, --interpolation and --crop-pct."""
-    given = {
+    given: dict[str, Any] = {
         "mean": options.mean,
         "std": options.std,
         "interpolation": options.interpolation,
@@ -88,8 +89,8 @@ def override(preprocessing: Preprocessing, options: LoadOptions) -> Preprocessin
 
 def check_finite(module: nn.Module) -> None:
     """Raise NumericsError naming the first parameter or buffer with NaN, or parameter with Inf."""
-    for name, tensor in module.named_parameters():
-        _require(torch.isfinite(tensor), name, tensor)
+    for name, parameter in module.named_parameters():
+        _require(torch.isfinite(parameter), name, parameter)
     for name, tensor in module.named_buffers():
         if tensor.is_floating_point():  # masks may hold -inf
             _require(~torch.isnan(tensor), name, tensor)

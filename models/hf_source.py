@@ -163,9 +163,8 @@ def _with_weights(
         raise InputError(f"the weights of hf:{name} cannot be read: {reason}") from error
     missing = sorted(info["missing_keys"])
     if missing and all(".pooler." in f".{key}" for key in missing):
-        _owner_of_pooler(
-            module
-        ).pooler = None  # DINO's and MAE's checkpoints have none; random weights would be used
+        # DINO's and MAE's checkpoints have none; random weights would be used.
+        _owner_of_pooler(module).pooler = None  # type: ignore[assignment]
         return module, ("no pooler in the weights: the class token is the output",)
     if missing:
         raise CheckpointError(f"hf:{name} has no weights for {len(missing)} parameters: {some(missing)}")

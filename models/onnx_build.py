@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from onnx import numpy_helper
@@ -189,7 +190,8 @@ def _array(tensor: onnx.TensorProto) -> Host:
         raise UnsupportedOperator(
             f"{tensor.name} has element type {tensor.data_type}, which cannot be imported"
         )
-    return array.astype(kept, copy=False)
+    values: npt.NDArray[Any] = array.astype(kept, copy=False)
+    return values
 
 
 def _placed(value: Value) -> Value:

@@ -84,10 +84,10 @@ def _from_conv_transpose(step: Step, constants: Constants) -> nn.Module:
         weight.shape[0],
         weight.shape[1] * given.get("group", 1),
         (weight.shape[2], weight.shape[3]),
-        stride=tuple(given.get("strides", [1, 1])),  # type: ignore[arg-type]
-        padding=tuple(pads[:2]),  # type: ignore[arg-type]
-        output_padding=tuple(given.get("output_padding", [0, 0])),  # type: ignore[arg-type]
-        dilation=tuple(given.get("dilations", [1, 1])),  # type: ignore[arg-type]
+        stride=tuple(given.get("strides", [1, 1])),
+        padding=tuple(pads[:2]),
+        output_padding=tuple(given.get("output_padding", [0, 0])),
+        dilation=tuple(given.get("dilations", [1, 1])),
         groups=given.get("group", 1),
         bias=bias is not None,
         device="meta",

@@ -152,7 +152,7 @@ def _gemm(call: Call) -> Tensor:
     a, b = call.tensor(0), call.tensor(1)
     a = a.T if call.attribute("transA", 0) else a
     b = b.T if call.attribute("transB", 0) else b
-    result = call.attribute("alpha", 1.0) * (a @ b)
+    result: Tensor = call.attribute("alpha", 1.0) * (a @ b)
     return result + call.attribute("beta", 1.0) * call.tensor(2) if call.has(2) else result
 
 
@@ -182,7 +182,7 @@ def _attention(call: Call) -> Tensor:
     flat = q.ndim == 3
     if flat:
         heads, kv = call.attribute("q_num_heads"), call.attribute("kv_num_heads")
-        q, k, v = (t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (k, kv), (v, kv)))
+        q, k, v = (t.reshape(*t.shape[:2], n, -1).transpose(1, 2) for t, n in ((q, heads), (k, kv), (v, kv)))
     mask = call.tensor(3) if call.has(3) else None
     out = functional.scaled_dot_product_attention(
         q, k, v, mask,
@@ -194,11 +194,13 @@ def _attention(call: Call) -> Tensor:
 
 
 def _hard_sigmoid(call: Call) -> Tensor:
-    return (call.attribute("alpha", 0.2) * call.tensor() + call.attribute("beta", 0.5)).clamp(0, 1)
+    line: Tensor = call.attribute("alpha", 0.2) * call.tensor() + call.attribute("beta", 0.5)
+    return line.clamp(0, 1)
 
 
 def _l2(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    return torch.linalg.vector_norm(x, 2, axes, keepdim=keep)
+    norm: Tensor = torch.linalg.vector_norm(x, 2, axes, keepdim=keep)
+    return norm
 
 
 _ARITHMETIC: Mapping[str, Op] = {

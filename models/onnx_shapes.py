@@ -91,7 +91,7 @@ def _split(call: Call) -> tuple[Value, ...]:
         cuts: Any = np.cumsum(sizes)[:-1] if sizes else call.outputs
         return tuple(np.split(array, cuts, axis))
     x = call.tensor()
-    return x.split(sizes or -(-x.shape[axis] // call.outputs), axis)
+    return torch.split(x, sizes or -(-x.shape[axis] // call.outputs), axis)
 
 
 def _slice(call: Call) -> Value:
@@ -171,8 +171,9 @@ def _constant_of_shape(call: Call) -> Value:
 
 
 def _range(call: Call) -> Host:
-    start, limit, step = (call.host(i).reshape(()) for i in range(3))
-    return np.arange(start, limit, step)
+    start, limit, step = (call.host(i).item() for i in range(3))
+    values: Host = np.arange(start, limit, step, dtype=call.host(0).dtype)
+    return values
 
 
 def _pad(call: Call) -> Tensor:

@@ -59,7 +59,7 @@ class Choice:
     def follow(self, result: Any) -> Tensor:
         """The tensor at the path."""
         for key in self.path:
-            result = getattr(result, key) if _has_field(result, key) else result[key]
+            result = getattr(result, str(key)) if _has_field(result, key) else result[key]
         tensor: Tensor = result
         return tensor
 
@@ -192,7 +192,7 @@ def _shapes(result: Any) -> str:
 
 def _take_in_forward(module: nn.Module, choice: Choice) -> None:
     # A bound method survives deepcopy: the copy's forward is bound to the copy.
-    module._whole_forward = module.forward
+    module._whole_forward = module.forward  # type: ignore[assignment]
     module._choice = choice  # type: ignore[assignment]
     module.forward = MethodType(_forward, module)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vit_export.models import resizers
 from vit_export.models.geometry import show
-from vit_export.models.positions import resample_positions, square
+from vit_export.models.positions import Table, resample_positions, square
 
 # Computed from the window or grid, not learned: the module's own are right, a checkpoint's are not needed.
 COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask", "position_ids")
@@ -41,10 +41,10 @@ def fit(module: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     return fitted, tuple(notes)
 
 
-def _absolute(module: nn.Module) -> dict[str, resizers.Table]:
+def _absolute(module: nn.Module) -> dict[str, Table]:
     """The module's learned tables by their full parameter names."""
     paths = {id(child): path for path, child in module.named_modules()}
-    found: dict[str, resizers.Table] = {}
+    found: dict[str, Table] = {}
     for part in resizers.parts(module):
         path = paths[id(part.module)]
         found |= {f"{path}.{t.name}" if path else t.name: t for t in part.tables()}

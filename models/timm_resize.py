@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from math import gcd, lcm
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ class TimmSized(Resizer):
 
     def _resize(self, size: Size, config: AdaptConfig) -> tuple[str, ...]:
         model = self.module
-        tables, learned = self.tables(), getattr(model, "pos_embed", None)
+        tables, learned = self.tables(), cast(nn.Parameter, getattr(model, "pos_embed", None))
         _set_input_size(model, size)
         grid = tuple(model.patch_embed.grid_size)
         for table in tables if (config.mode, config.antialias) != _TIMMS else ():
