@@ -115,6 +115,18 @@ class TestNumerics:
         to_float16(model.clone(), {})
         assert np.array_equal(before, answers(model, x, tmp_path))
 
+    def test_rounded_runs_round(self, tmp_path):
+        """ONNX Runtime keeps float32 between float16 nodes; `rounded` stores 1/3 as float16 does."""
+        model = graph(
+            [helper.make_node("Div", ["x", "three"], ["d"]), helper.make_node("Sub", ["d", "third"], ["y"])],
+            {"three": np.float32(3), "third": np.float32(1 / 3)},
+        )
+        to_float16(model, {})
+        path = tmp_path / "third.onnx"
+        ir.save(model, path)
+        ones = np.ones((1, 3, 4, 4), np.float32)
+        assert (run_graph(path, ones, threads=1, rounded=True) == 0).all()
+
 
 class TestOverflow:
     """Numbers beyond 65504."""
