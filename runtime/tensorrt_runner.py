@@ -85,6 +85,7 @@ class TensorRTRunner(Runner):
         self._cuda = self._make_cuda()
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = runtime = trt.Runtime(self._logger)
+        _prepare(runtime, manifest.get("options") or {})
         self._engine = engine = runtime.deserialize_cuda_engine(self.runnable.path.read_bytes())
         if engine is None:
             raise RunnerError(
@@ -158,6 +159,14 @@ class TensorRTRunner(Runner):
     def _close(self) -> None:
         self._stack.close()
         self._engine = self._runtime = None
+
+
+def _prepare(runtime: Any, options: Mapping[str, Any]) -> None:
+    """What a runtime must be told before it opens an engine built with these options."""
+    if options.get("version_compatible"):
+        runtime.engine_host_code_allowed = True  # such an engine carries its own runtime
+    if options.get("dla_core") is not None:
+        runtime.DLA_core = int(options["dla_core"])
 
 
 def _latency(calls: list[CallTimes], part: str) -> Latency:

@@ -207,6 +207,21 @@ class TestWithoutEngine:
         assert (built.options.batches, built.int8_layers) == ((1, 2, 4), ("head",))
 
 
+def test_a_device_needs_no_exporter(tmp_path, graph):
+    """Building from a manifest works in a process without torch, onnx, onnx-ir and ONNX Runtime."""
+    import subprocess
+
+    built = build(graph, RTX)
+    absent = ("torch", "onnx", "onnx_ir", "onnxruntime", "timm")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
+        "from pathlib import Path\nfrom vit_export.export.trt_build import rebuild\n"
+        f"print(rebuild(Path({str(built.manifest)!r}), 'rtx').engine)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(built.engine), done.stderr
+
+
 class TestHere:
     """Whether an engine can run on this machine."""
 

@@ -246,6 +246,23 @@ class TestManifest:
         with open_runner(replace(runnable_for(engine), options={})) as runner:
             assert runner.version == "tensorrt 10.3.0"
 
+    @pytest.mark.parametrize(
+        ("options", "needs"),
+        [
+            ({"version_compatible": True}, {"engine_host_code_allowed": True}),
+            ({"dla_core": 1}, {"DLA_core": 1}),
+        ],
+    )
+    def test_it_prepares_the_runtime(self, make_engine, options, needs):
+        """A version-compatible or DLA engine opens only in a runtime that was told before."""
+        engine = make_engine(needs=needs)
+        with pytest.raises(RunnerError, match="refused"), opened(engine):
+            pass
+        manifest = {"module": "tensorrt", "options": options}
+        engine.with_suffix(".trt.json").write_text(json.dumps(manifest))
+        with opened(engine) as runner:
+            assert runner.signature.image_size == SIZE
+
     def test_a_refused_engine_names_its_builder(self, make_engine):
         """What cannot be opened says which version built it and how to build it here."""
         engine = make_engine()

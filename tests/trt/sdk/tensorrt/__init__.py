@@ -46,15 +46,20 @@ class Logger:
 
 
 class Runtime:
+    engine_host_code_allowed = False
+    DLA_core = -1
+
     def __init__(self, logger: Logger) -> None:
         self.logger = logger
 
     def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
         """None for what is no engine, as the real one."""
         try:
-            return ICudaEngine(json.loads(plan))
+            engine = ICudaEngine(json.loads(plan))
         except ValueError:
             return None
+        wanted = engine._plan.get("needs", {})
+        return engine if all(getattr(self, name) == value for name, value in wanted.items()) else None
 
 
 class ICudaEngine:
