@@ -81,16 +81,7 @@ def _build(sdk: Sdk, build: EngineBuild, target: Path) -> EngineBuild:
     _configure(sdk, builder, config, options)
     _set_profile(builder, network, config, build)
     taken, unavailable = _set_capabilities(sdk, config, options)
-    cache = target.with_suffix(".timing") if options.timing_cache and sdk.flavor.name != "rtx" else None
-    if cache is not None:
-        _load_timing_cache(config, cache)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        said = next(iter(sdk.texts("ERROR", "INTERNAL_ERROR")), "it gave no reason")
-        raise explain(said, operator="", node="", graph=build.graph, product=sdk.product)
-    _write_whole(target, plan)
-    if cache is not None:
-        _write_whole(cache, config.get_timing_cache().serialize())
+    _serialize(sdk, builder, network, config, build, target)
     return replace(
         build,
         engine=target,
@@ -100,6 +91,21 @@ def _build(sdk: Sdk, build: EngineBuild, target: Path) -> EngineBuild:
         unavailable=unavailable,
         warnings=sdk.texts("WARNING"),
     )
+
+
+def _serialize(sdk: Sdk, builder: Any, network: Any, config: Any, build: EngineBuild, target: Path) -> None:
+    """Build and write the engine, with a timing cache beside it that the next build starts from."""
+    cache = target.with_suffix(".timing")
+    cached = build.options.timing_cache and sdk.flavor.name != "rtx"
+    if cached:
+        _load_timing_cache(config, cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        said = next(iter(sdk.texts("ERROR", "INTERNAL_ERROR")), "it gave no reason")
+        raise explain(said, operator="", node="", graph=build.graph, product=sdk.product)
+    _write_whole(target, plan)
+    if cached:
+        _write_whole(cache, config.get_timing_cache().serialize())
 
 
 def _configure(sdk: Sdk, builder: Any, config: Any, options: TensorRtOptions) -> None:
