@@ -26,7 +26,12 @@ sys.meta_path.insert(0, Blocker())
 
 
 # These handle torch programs and are imported only when something is exported.
-NEEDS_TORCH = {"vit_export.pipeline", "vit_export.one_size", "vit_export.calibration.collect"}
+NEEDS_TORCH = {
+    "vit_export.pipeline",
+    "vit_export.one_size",
+    "vit_export.build_size",
+    "vit_export.calibration.collect",
+}
 
 
 def modules() -> list[str]:
