@@ -161,7 +161,8 @@ def table(
         left = ", ".join((*details.get("float_weights", ()), *details.get("float_constants", ())))
         yield (
             f"| {row.name} | {artifact.size_bytes / 1e6:.1f} | {accuracy.sqnr_db:.1f} | {planned} "
-            f"| {accuracy.agreement:.3f} | {accuracy.top1:.3f} | {relative:.1e} | {compressed} | {left or '-'} |"
+            f"| {accuracy.agreement:.3f} | {accuracy.top1:.3f} | {relative:.1e} "
+            f"| {compressed} | {left or '-'} |"
         )
         print(f"{row.name}: built in {built:.0f} s, {each:.2f} s an image", file=sys.stderr)
 
