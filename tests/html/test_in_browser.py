@@ -111,7 +111,8 @@ def test_every_chart_is_drawn_whole(browser, pages, page):
     assert [chart[0] for chart in drawn] == CHARTS[page]
     for title, role, words, width, height, shapes in drawn:
         assert role == "img" and words.startswith(f"{title}. ") and any(c.isdigit() for c in words)
-        assert width > 300 and height > 80 and shapes >= 2, title
+        least = 1 if title == "Accuracy lost" else 2  # a drop of exactly 0 draws its interval, no bar
+        assert width > 300 and height > 80 and shapes >= least, title
     assert browser.run(_CUT) == []
 
 
