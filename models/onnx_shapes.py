@@ -140,9 +140,10 @@ def _gather(call: Call) -> Value:
 
 
 def _expand(call: Call) -> Value:
-    if call.on_host:
-        return np.broadcast_to(call.host(0), np.broadcast_shapes(call.host(0).shape, tuple(call.ints(1))))
-    x, wanted = call.tensor(), call.ints(1)
+    wanted = call.ints(1)
+    if call.on_host and not _symbolic(wanted):
+        return np.broadcast_to(call.host(0), np.broadcast_shapes(call.host(0).shape, tuple(wanted)))
+    x = call.tensor()
     while len(wanted) < x.ndim:
         wanted = [1, *wanted]
     sides = [1] * (len(wanted) - x.ndim) + list(x.shape)
@@ -151,7 +152,9 @@ def _expand(call: Call) -> Value:
 
 
 def _tile(call: Call) -> Value:
-    return np.tile(call.host(0), call.ints(1)) if call.on_host else call.tensor().repeat(call.ints(1))
+    repeats = call.ints(1)
+    here = call.on_host and not _symbolic(repeats)
+    return np.tile(call.host(0), repeats) if here else call.tensor().repeat(repeats)
 
 
 def _where(call: Call) -> Value:
@@ -164,16 +167,23 @@ def _where(call: Call) -> Value:
 def _constant_of_shape(call: Call) -> Value:
     value = call.attribute("value", np.zeros(1, np.float32))
     shape = call.ints(0)
-    if all(isinstance(side, int) for side in shape):
+    if not _symbolic(shape):
         array = np.full(shape, value.reshape(-1)[0], value.dtype)
         return array if array.size <= 64 else as_tensor(array)
     return torch.full(shape, value.reshape(-1)[0].item(), dtype=as_tensor(value).dtype)
 
 
-def _range(call: Call) -> Host:
-    start, limit, step = (call.host(i).item() for i in range(3))
+def _range(call: Call) -> Value:
+    start, limit, step = (call.ints(i)[0] for i in range(3))
+    if _symbolic([start, limit, step]):
+        return torch.arange(start, limit, step)
     values: Host = np.arange(start, limit, step, dtype=call.host(0).dtype)
     return values
+
+
+def _symbolic(values: list[Any]) -> bool:
+    """Whether a value follows from a batch that torch.export keeps open."""
+    return any(isinstance(value, torch.SymInt | torch.SymFloat) for value in values)
 
 
 def _pad(call: Call) -> Tensor:
