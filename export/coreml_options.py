@@ -13,7 +13,7 @@ _CHOICES: Mapping[str, tuple[object, ...]] = {
     "target": ("iOS17", "iOS18"),
     "input": ("tensor", "image"),
     "palettize": (0, 4, 6),
-    "activations": ("symmetric", "asymmetric", "float"),
+    "activations": ("asymmetric", "symmetric", "float"),
 }
 
 
@@ -26,15 +26,16 @@ class CoreMLOptions:
     input: float32 NCHW, or a uint8 RGB image that the package normalises itself.
     labels: class names in index order make the package a classifier; its logits stay an output.
     palettize: bits of a weight palette, 0 for none.
-    activations: of int8. Symmetric is what Apple documents for integer products on the Neural Engine;
-    asymmetric is closer to the model; float quantises the weights alone.
+    activations: of int8. Asymmetric keeps far more of a ViT (DINOv2-S: 21 dB against 13), whose GELU outputs
+    are nearly all positive; symmetric is the scheme of Apple's own examples for integer products on the
+    Neural Engine; float quantises the weights alone.
     """
 
     target: Literal["iOS17", "iOS18"] = "iOS18"
     input: Literal["tensor", "image"] = "tensor"
     labels: tuple[str, ...] = ()
     palettize: Literal[0, 4, 6] = 0
-    activations: Literal["symmetric", "asymmetric", "float"] = "symmetric"
+    activations: Literal["asymmetric", "symmetric", "float"] = "asymmetric"
     author: str = ""
     license: str = ""
 

@@ -62,7 +62,7 @@ def program() -> Program:
 
 
 @cache
-def quantised(activations: str = "symmetric") -> Program:
+def quantised(activations: str = "asymmetric") -> Program:
     traced = program()
     images = CONTRACT.normalize(np.random.default_rng(1).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
     plan = make_plan(calibrate(traced, [images], MinMaxConfig()), traced.layers)
@@ -162,9 +162,9 @@ def test_labels_must_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["iOS17", "iOS18"])
 def test_int8_weights_are_the_plans(target: str, tmp_path: Path) -> None:
     """The saved weights are the plan's integers and scales: with FP32 around them, bit for bit."""
-    artifact = build(tmp_path, FP32, quantised(), coreml_target=target, coreml_activations="float")
+    artifact = build(tmp_path, FP32, quantised("float"), coreml_target=target, coreml_activations="float")
     stored = sorted(Interpreter(artifact.path).decompressed.values(), key=lambda value: value.tobytes())
-    weights = coreml_graph.float_weights(quantised()).graph.state_dict()
+    weights = coreml_graph.float_weights(quantised("float")).graph.state_dict()
     ours = [weights[layer.weight].numpy() for layer in program().layers]
     for mine, theirs in zip(sorted(ours, key=lambda value: value.tobytes()), stored, strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -194,7 +194,8 @@ def test_activations_choose_what_is_quantised(activations: str, floor: float, tm
     artifact = build(tmp_path, INT8, quantised(activations), coreml_activations=activations)
     function = Package(artifact.path).function("main")
     quantisers = [op for op in function.operations if op.kind == "quantize"]
-    assert len(quantisers) == (0 if activations == "float" else len(program().layers))
+    linears = sum(layer.kind == "linear" for layer in program().layers)
+    assert len(quantisers) == (0 if activations == "float" else linears)
     points = [
         function.constants[op.arguments["zero_point"][0]][0]
         for op in quantisers
@@ -243,8 +244,8 @@ def test_kept_float_layers_stay_float(tmp_path: Path) -> None:
         calibrate(traced, [IMAGES], MinMaxConfig()), traced.layers, keep_float=["*.mlp.fc2", "head"]
     )
     details = build(tmp_path, INT8, quantize(traced, plan, TARGET.profile(INT8, {}))).details
-    assert details["float_weights"] == ("blocks.0.mlp.fc2", "head")
-    assert details["compressed_weights"] == details["weights"] - 2
+    assert details["float_weights"] == ("blocks.0.mlp.fc2", "head", "patch_embed.proj")
+    assert details["compressed_weights"] == details["weights"] - 3
 
 
 def test_metadata(tmp_path: Path) -> None:
@@ -341,7 +342,7 @@ def test_wrong_options_are_usage_errors(tmp_path: Path) -> None:
         ({"coreml_target": "iOS12"}, "iOS17, iOS18"),
         ({"coreml_input": "video"}, "tensor, image"),
         ({"palettize": 5}, "0, 4, 6"),
-        ({"coreml_activations": "int4"}, "symmetric, asymmetric, float"),
+        ({"coreml_activations": "int4"}, "asymmetric, symmetric, float"),
     ):
         with pytest.raises(UsageError) as caught:
             CoreMLOptions.of(options)
