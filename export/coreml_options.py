@@ -25,7 +25,7 @@ class CoreMLOptions:
     operation and stores 4 and 6 bit weights with a palette for each group of channels.
     input: float32 NCHW, or a uint8 RGB image that the package normalises itself.
     labels: class names in index order make the package a classifier; its logits stay an output.
-    palettize: bits of a weight palette, 0 for none.
+    palettize: bits of a weight palette in fp16 and int8 packages, 0 for none.
     activations: of int8. Asymmetric keeps far more of a ViT (DINOv2-S: 21 dB against 13), whose GELU outputs
     are nearly all positive; symmetric is the scheme of Apple's own examples for integer products on the
     Neural Engine; float quantises the weights alone.

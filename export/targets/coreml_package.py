@@ -40,6 +40,8 @@ class CoreMLTarget(Target):
         from vit_export.export.coreml_metadata import describe, facts, finish
 
         options = CoreMLOptions.of(request.options)
+        if request.precision is Precision.FP32:  # stays exact: what the others are compared with
+            options = replace(options, palettize=0)
         if options.input == "image" and (request.batch_size or 1) != 1:
             raise UsageError("a Core ML package that takes images has batch 1", "use --coreml-input tensor")
         converted = convert(program, request, options)

@@ -237,6 +237,13 @@ def test_what_is_not_compressed_is_named(built: Any) -> None:
     assert details["float_constants"] == {"pos_embed": "add"}
 
 
+def test_fp32_stays_exact(tmp_path: Path) -> None:
+    """With --palettize the FP32 package is what it always is: the one the others are compared with."""
+    artifact = build(tmp_path, FP32, palettize=4)
+    assert not Interpreter(artifact.path).decompressed
+    assert relative(expected(), infer(artifact)) < 1e-5
+
+
 def test_kept_float_layers_stay_float(tmp_path: Path) -> None:
     """A layer the plan keeps float is neither quantised nor hidden: it is in float_weights."""
     traced = program()
