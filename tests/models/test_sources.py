@@ -167,6 +167,43 @@ def test_missing_weights_in_a_folder_are_listed(tmp_path: Path) -> None:
         load(f"hf:{tmp_path}")
 
 
+class Payload:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_pickled_weights_in_a_folder_are_refused(tmp_path: Path) -> None:
+    """pytorch_model.bin with more than tensors is UntrustedInput, and nothing has run."""
+    hf_folder(tmp_path)
+    torch.save({"weight": Payload(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UntrustedInput, match="would have to be executed"):
+        load(f"hf:{tmp_path}")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_weights_in_a_folder_are_one_clear_line(tmp_path: Path) -> None:
+    """A truncated model.safetensors."""
+    hf_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"the weights of hf:.* cannot be read"):
+        load(f"hf:{tmp_path}")
+
+
+def test_a_folder_with_another_head_is_fitted_when_asked(tmp_path: Path) -> None:
+    """--num-classes over weights with another head: a random head, and said so; without it the folder's."""
+    config = transformers.ViTConfig(**_VIT, num_labels=4)
+    folder = hf_folder(tmp_path, transformers.ViTForImageClassification(config))
+    model = load(f"hf:{folder}", LoadOptions(num_classes=7))
+    assert model.num_classes == 7
+    assert any("random weights, as --num-classes asks: classifier.bias" in note for note in model.notes)
+    assert load(f"hf:{folder}").num_classes == 4
+
+
 def test_a_backbone_without_pooler_gives_its_class_token(tmp_path: Path) -> None:
     """DINO's folders have no pooler; a random one must not decide the embedding."""
     theirs = transformers.ViTModel(transformers.ViTConfig(**_VIT), add_pooling_layer=False).eval()

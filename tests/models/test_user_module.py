@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,7 @@ def test_a_library_model_inside_is_treated_as_the_librarys() -> None:
         (lambda s, t: [s], "item 0", 3),
         (lambda s, t: {"tokens": t, "logits": s}, "logits (also returned: tokens)", 3),
         (lambda s, t: {"out": {"main": s}, "n": 7}, "out.main", 3),
+        (lambda s, t: Result(None, s), "logits", 3),
         (lambda s, t: {"loss": s, "x_norm_clstoken": t.mean(1)}, "x_norm_clstoken", 0),
         (lambda s, t: t, "mean of tokens in the returned tensor", 0),
         (lambda s, t: t.transpose(1, 2).unflatten(2, (4, 4)), "mean of pixels in the returned tensor", 0),
@@ -342,6 +344,38 @@ def test_a_file_gives_its_model_and_preprocessing(script: Path) -> None:
     assert load(f"{script}:ready").num_classes == 9
     given = load(f"{script}:plain", LoadOptions(mean=(0.0, 0.0, 0.0), crop_pct=0.5)).preprocessing
     assert (given.mean, given.std, given.crop_pct) == ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5), 0.5)
+
+
+def test_a_timm_model_from_a_file_keeps_its_data_config(tmp_path: Path) -> None:
+    """real_dinov2 through file.py:FACTORY: timm's statistics and crop, not assumed ones."""
+    path = tmp_path / "mine.py"
+    path.write_text("import timm\ndef make():\n    return timm.create_model('test_vit', num_classes=0)\n")
+    model, theirs = load(f"{path}:make"), load("timm:test_vit")
+    assert model.preprocessing == theirs.preprocessing
+    assert (model.num_classes, model.notes) == (0, ())
+
+
+def test_assumed_preprocessing_is_said(tmp_path: Path) -> None:
+    """A module that says nothing gets ImageNet's statistics and a note; with --mean and --std no note."""
+    path = tmp_path / "plain.py"
+    path.write_text(_FILE.replace("preprocessing =", "unused =").replace("helper_of_the_file", "patch_of_8"))
+    (tmp_path / "patch_of_8.py").write_text("PATCH = 8\n")
+    assert "preprocessing assumed" in load(f"{path}:make").notes[0]
+    assert load(f"{path}:make", LoadOptions(mean=(0.0,) * 3, std=(1.0,) * 3)).notes == ()
+
+
+def test_half_precision_modules_become_float32() -> None:
+    """Every stage works in float32; what a factory made in half is converted once."""
+    model = loaded(UserVit().half())
+    assert {p.dtype for p in model.module.parameters()} == {torch.float32}
+
+
+@dataclass
+class Result:
+    """What some frameworks return instead of a dict."""
+
+    attentions: Tensor | None
+    logits: Tensor
 
 
 @pytest.mark.parametrize(
