@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from vit_export.runtime.latency import alternate
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores; torch is not imported yet
 
 ROOT = Path(__file__).parents[1]
 BUNDLE_IMAGES = 30

@@ -44,13 +44,13 @@ def vit_export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of the default model in int8 on 60 images, built once."""
+    """The output folder of the default model in int8 on 300 images, enough to decide a point, built once."""
     import subprocess
 
     folder = tmp_path_factory.mktemp("exported") / "out"
     targets = ("--target", "onnx", "--target", "openvino", "--int8")
     subprocess.run(
-        [sys.executable, "-m", "vit_export", *targets, "--eval-size", "60", "--output", str(folder)],
+        [sys.executable, "-m", "vit_export", *targets, "--eval-size", "300", "--output", str(folder)],
         check=True,
         cwd=folder.parent,
     )
