@@ -240,8 +240,8 @@ class BuildRequest:
 
     folder: exists, belongs to this artifact alone. batch_size: fixes the batch, None keeps it dynamic.
     ranges: calibrated input ranges, where they are known. metadata: strings for the artifact's own
-    metadata. options: the target's own, as named on the command line. samples: a few calibration images,
-    for targets that look at the numbers inside the lowered graph.
+    metadata. options: the target's own, as named on the command line. samples: a few images, for targets
+    that look at the numbers inside the lowered graph; samples_are: what they are, `8 calibration images`.
     """
 
     precision: Precision
@@ -253,6 +253,7 @@ class BuildRequest:
     metadata: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     samples: Images | None = None
+    samples_are: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from vit_export.artifacts import (
     BuildRequest,
     BuiltArtifact,
     EvalSet,
-    Images,
     LoadedModel,
     Precision,
     Program,
@@ -52,9 +51,13 @@ class Calibrated:
     ranges: Ranges
     plan: QuantPlan
 
-    def samples(self) -> Images:
-        """The first calibration images, float32 [n <= 8, 3, H, W]."""
-        return next(batches(self.images, _SAMPLES))
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Samples:
+    """Images that targets may look at while they build. kind: `calibration images`, for the report."""
+
+    images: EvalSet
+    kind: str
 
 
 def calibrated(
@@ -81,6 +84,7 @@ class SizeBuilder:
     targets: Sequence[Target]
     program: Program
     calibration: Calibrated | None
+    samples: Samples
     notify: ProgressCallback
 
     def build_all(self) -> Iterator[tuple[Target, BuiltArtifact] | Result]:
@@ -103,6 +107,7 @@ class SizeBuilder:
         height, width = self.model.image_size
         final = self.job.output / target.name / precision / f"{height}x{width}"
         known = self.calibration
+        few = next(batches(self.samples.images, _SAMPLES))
         with atomic_directory(final) as folder:
             request = BuildRequest(
                 precision=precision,
@@ -113,7 +118,8 @@ class SizeBuilder:
                 ranges=known.ranges if known else None,
                 metadata=self._metadata(precision),
                 options=self.job.options,
-                samples=known.samples() if known else None,
+                samples=few,
+                samples_are=f"{len(few)} {self.samples.kind}",
             )
             artifact = export(self.program, known.plan if known else None, target, request)
         return dataclasses.replace(artifact, path=final / artifact.path.relative_to(folder))

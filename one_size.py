@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from vit_export.artifacts import (
     QuantPlan,
     Runnable,
 )
-from vit_export.build_size import Calibrated, SizeBuilder, calibrated
+from vit_export.build_size import Calibrated, Samples, SizeBuilder, calibrated
 from vit_export.calibration.checks import inspect
 from vit_export.calibration.preprocess import batches, write_pixels
 from vit_export.errors import ParityError, VitExportError
@@ -33,7 +33,7 @@ from vit_export.runtime.inference import Prediction, predict
 from vit_export.runtime.latency import Timings, alternate
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageLoss
-from vit_export.runtime.verdict import judge
+from vit_export.runtime.verdict import judged
 
 _BLAME_IMAGES = 32  # images on which losses are split by stage
 _BASELINE = "pytorch"
@@ -76,7 +76,8 @@ class OneSize:
         doubts = inspect(calib, evaluation if self.sources.evaluation else None) if calib else ()
         baseline = self._baseline_runnable(program)
         reference = self._predict(_BASELINE, baseline, evaluation, program)
-        builder = SizeBuilder(self.job, self.model, self.targets, program, calibration, self.notify)
+        samples = self._samples(calibration, evaluation)
+        builder = SizeBuilder(self.job, self.model, self.targets, program, calibration, samples, self.notify)
         built = list(builder.build_all())
         results = [self._check(program, plan, item, reference.logits, evaluation) for item in built]
         timings = self._time(baseline, built, results, evaluation)
@@ -87,7 +88,15 @@ class OneSize:
         return Outcome(
             program,
             summary,
-            tuple(self._judged(results)),
+            tuple(
+                judged(
+                    results,
+                    family=self.model.family,
+                    spec=self.model.spec,
+                    limits=self.job.limits,
+                    embeddings=self._embeddings,
+                )
+            ),
             evaluation,
             calib,
             doubts,
@@ -116,6 +125,14 @@ class OneSize:
             return None
         name = "plan.json" if len(self.job.image_sizes) < 2 else f"plan-{self._name}.json"
         return calibrated(self.job, program, self._pixels("calib"), self.job.output / name, self.notify)
+
+    def _samples(self, calibration: Calibrated | None, evaluation: EvalSet) -> Samples:
+        """What shows a target the numbers inside its graph: calibration images, else those at hand."""
+        if calibration is not None:
+            return Samples(calibration.images, "calibration images")
+        return Samples(
+            evaluation, "evaluation images" if self.sources.evaluation else "images of seeded noise"
+        )
 
     def _baseline_runnable(self, program: Program) -> Runnable:
         if self.model.baseline_path is not None:
@@ -148,11 +165,11 @@ class OneSize:
         if isinstance(item, Result):
             return item
         target, artifact = item
-        result = self._result(artifact, plan)
+        result = self._result(target, artifact, plan)
         try:
             if reason := target.not_run():
-                stages = self._blame(program, plan, target, artifact, reference, images, None)
-                return msgspec.structs.replace(result, status="not_run", reason=reason, stages=stages)
+                result = msgspec.structs.replace(result, status="not_run", reason=reason)
+                return self._graph_alone(program, plan, target, artifact, reference, images, result)
             name = f"{artifact.target} {artifact.precision}"
             prediction = self._predict(name, target.runnable(artifact, self.job.threads), images, program)
             self._check_parity(artifact, reference, prediction.logits)
@@ -163,7 +180,8 @@ class OneSize:
                 result,
                 runtime_version=prediction.version,
                 peak_rss_bytes=prediction.peak_rss_bytes,
-                stages=self._blame(program, plan, target, artifact, reference, images, prediction.logits),
+                details={**result.details, **prediction.details},
+                stages=self._blame(program, plan, target, artifact, reference, images, prediction.logits)[0],
             )
             return result.with_accuracy(
                 accuracy, None if self._embeddings else predictions(prediction.logits)
@@ -171,7 +189,39 @@ class OneSize:
         except VitExportError as error:
             return msgspec.structs.replace(result, status="failed", reason=str(error))
 
-    def _result(self, artifact: BuiltArtifact, plan: QuantPlan | None) -> Result:
+    def _graph_alone(
+        self,
+        program: Program,
+        plan: QuantPlan | None,
+        target: Target,
+        artifact: BuiltArtifact,
+        reference: Logits,
+        images: EvalSet,
+        result: Result,
+    ) -> Result:
+        """What can be said where the runtime is not: the numbers of the graph the artifact is made from."""
+        stages, logits = self._blame(program, plan, target, artifact, reference, images, None)
+        if logits is None:
+            return msgspec.structs.replace(result, stages=stages)
+        before = reference[: len(logits)]
+        self._check_parity(artifact, before, logits)
+        found = compare(before, logits, embeddings=self._embeddings, resamples=1)
+        graph = {
+            "sqnr_db": found.sqnr_db,
+            "agreement": found.agreement,
+            "cosine": found.cosine,
+            "images": len(logits),
+        }
+        quality = "identical" if found.sqnr_db is None else f"{found.sqnr_db:.1f} dB SQNR"
+        note = (
+            f"its graph, run node by node in ONNX Runtime: {quality}, agreement {found.agreement:.3f} "
+            f"with FP32 PyTorch on {len(logits)} images"
+        )
+        return msgspec.structs.replace(
+            result, stages=stages, details={**result.details, "graph": graph}, notes=(note, *result.notes)
+        )
+
+    def _result(self, target: Target, artifact: BuiltArtifact, plan: QuantPlan | None) -> Result:
         quantised = artifact.precision is Precision.INT8 and plan is not None
         return Result(
             target=artifact.target,
@@ -183,6 +233,7 @@ class OneSize:
             kept_float=plan.kept_float() if quantised and plan else (),
             float_fallback_ops=artifact.details.get("float_linears"),
             details=dict(artifact.details),
+            notes=target.notes(artifact),
         )
 
     def _check_parity(self, artifact: BuiltArtifact, reference: Logits, logits: Logits) -> None:
@@ -204,19 +255,24 @@ class OneSize:
         reference: Logits,
         images: EvalSet,
         final: Logits | None,
-    ) -> tuple[StageLoss, ...]:
-        """What quantisation, lowering and the runtime each cost, on the first images."""
-        if artifact.precision is Precision.FP32:
-            return ()
+    ) -> tuple[tuple[StageLoss, ...], Logits | None]:
+        """What quantisation, lowering and the runtime each cost, on the first images.
+
+        Also the outputs of the lowered graph, where the target has one. Nothing for FP32 that was run.
+        """
+        if artifact.precision is Precision.FP32 and final is not None:
+            return (), None
         few = first_images(images, _BLAME_IMAGES, self.work / f"few-{self._name}.npy")
         steps: list[tuple[str, Logits]] = []
         if artifact.precision is Precision.INT8 and plan is not None:
             profile = target.profile(artifact.precision, {**self.job.options, "opset": self.job.opset})
             steps.append(("quantize", _run_in_torch(quantize(program, plan, profile), few)))
-        lowered = target.lowered(artifact, self.job.threads)
+        lowered = target.lowered(artifact, self.job.threads, self.work)
+        graph = None
         if lowered is not None:
             name = f"{artifact.target} {artifact.precision} unoptimised"
-            steps.append(("lower", self._predict(name, lowered, few, program).logits))
+            graph = self._predict(name, lowered, few, program).logits
+            steps.append(("lower", graph))
         if final is not None:
             steps.append(("runtime", final[: few.count]))
         before, stages = reference[: few.count], []
@@ -224,7 +280,7 @@ class OneSize:
             loss = compare(before, logits, embeddings=self._embeddings, resamples=1)
             stages.append(StageLoss(stage=stage, sqnr_db=loss.sqnr_db, agreement=loss.agreement))
             before = logits
-        return tuple(stages)
+        return tuple(stages), graph
 
     def _time(
         self,
@@ -275,13 +331,6 @@ class OneSize:
             peak_rss_bytes=reference.peak_rss_bytes,
             predictions=None if self._embeddings else PackedIds.pack(predictions(reference.logits)),
         )
-
-    def _judged(self, results: Sequence[Result]) -> Iterator[Result]:
-        for result in results:
-            verdict = judge(result, peers=results, limits=self.job.limits, embeddings=self._embeddings)
-            yield msgspec.structs.replace(
-                result, verdict=verdict.verdict, verdict_reason=verdict.reason, gates=verdict.gates
-            )
 
 
 def _run_in_torch(program: Program, images: EvalSet) -> Logits:

@@ -59,14 +59,18 @@ def run_graph(path: Path, images: Images, threads: int = 0, *, rounded: bool = F
     """
     if rounded:
         with TemporaryDirectory() as folder:
-            model = ir.load(path)
-            _round_halves(model.graph)
-            copy = Path(folder) / "rounded.onnx"
-            ir.save(model, copy, external_data="rounded.data")
-            return run_graph(copy, images, threads)
+            return run_graph(save_rounded(path, Path(folder) / "rounded.onnx"), images, threads)
     session = _session(path, threads)
     logits: Logits = session.run(None, {session.get_inputs()[0].name: images})[0]
     return logits
+
+
+def save_rounded(path: Path, copy: Path) -> Path:
+    """Write an ONNX file to `copy` so that ONNX Runtime stores every float16 tensor in float16."""
+    model = ir.load(path)
+    _round_halves(model.graph)
+    ir.save(model, copy, external_data=f"{copy.name}.data")
+    return copy
 
 
 def _round_halves(graph: ir.Graph) -> None:

@@ -50,7 +50,7 @@ class Target(ABC):
             precision=request.precision,
             image_size=program.image_size,
             path=path,
-            size_bytes=_size(path),
+            size_bytes=self._size(path),
             details=details,
         )
 
@@ -58,13 +58,26 @@ class Target(ABC):
     def _build(self, program: Program, request: BuildRequest) -> tuple[Path, Mapping[str, Any]]:
         """Write the artifact into request.folder; its path and facts for the report."""
 
+    def _size(self, path: Path) -> int:
+        """Bytes of a file with its side files (`model.xml` + `model.bin`), or of a package folder."""
+        if path.is_dir():
+            return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        return sum(f.stat().st_size for f in path.parent.glob(f"{path.stem}.*") if f.is_file())
+
     @abstractmethod
     def runnable(self, artifact: BuiltArtifact, threads: int) -> Runnable:
         """How a worker opens the artifact."""
 
-    def lowered(self, artifact: BuiltArtifact, threads: int) -> Runnable | None:
-        """The same graph before the runtime optimises it, to tell lowering from the runtime; or None."""
+    def lowered(self, artifact: BuiltArtifact, threads: int, work: Path) -> Runnable | None:
+        """The same graph before the runtime optimises it, to tell lowering from the runtime; or None.
+
+        work: a scratch folder, for targets that must rewrite the graph to run it here.
+        """
         return None
+
+    def notes(self, artifact: BuiltArtifact) -> tuple[str, ...]:
+        """What a user should know of how the artifact was made, in sentences for the report."""
+        return ()
 
     def not_run(self) -> str:
         """Why artifacts of this target cannot run on this machine; empty when they can."""
@@ -73,10 +86,3 @@ class Target(ABC):
     def not_timed(self) -> str:
         """Why a time measured on this machine would mean nothing; empty when it would."""
         return self.not_run()
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file with its side files (`model.xml` + `model.bin`), or of a package folder."""
-    if path.is_dir():
-        return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    return sum(f.stat().st_size for f in path.parent.glob(f"{path.stem}.*") if f.is_file())

@@ -140,11 +140,10 @@ def _artifacts(report: Report, sizes: Sequence[SizeImages]) -> Iterator[StoredAr
 
 
 def _expected(result: Result) -> float | None:
-    """SQNR of the artifact here; of its quantised program in PyTorch where it could not run."""
-    if result.sqnr_db is not None:
-        return round(result.sqnr_db, 2)
-    first = result.stages[0].sqnr_db if result.status == "not_run" and result.stages else None
-    return None if first is None else round(first, 2)
+    """SQNR of the artifact here; of the graph it is made from where it could not run."""
+    graph = result.details.get("graph", {}) if result.status == "not_run" else {}
+    found = result.sqnr_db if result.sqnr_db is not None else graph.get("sqnr_db")
+    return None if found is None else round(found, 2)
 
 
 def _store_size(size: SizeImages, folder: Path, images: int) -> StoredSize:

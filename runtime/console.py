@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
@@ -27,13 +28,24 @@ def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The table of results, then each verdict with its reason in words."""
+    """The table of results, then each verdict with its reason and notes; notes of several come last, once."""
+    shared = {note: n for note, n in Counter(n for r in report.results for n in r.notes).items() if n > 1}
     console.print(result_table(report))
     console.print()
     for result in report.results:
         verdict = status(result)
         console.print(Text.assemble(printable(result.name), " ", (verdict, STYLES.get(verdict, ""))))
         console.print(Padding(Text(why(result)), (0, 0, 0, 2)))
+        _print_notes((note for note in result.notes if note not in shared), console)
+    if shared:
+        console.print("of several")
+        _print_notes(shared, console)
+
+
+def _print_notes(notes: Iterable[str], console: Console) -> None:
+    """Lines to copy from, so they are not broken."""
+    for note in notes:
+        console.print(f"  {printable(note)}", style="dim", soft_wrap=True)
 
 
 def result_table(report: Report) -> Table:

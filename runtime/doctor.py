@@ -10,11 +10,10 @@ import ctypes.util
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit_export.runtime import trt_known_bad
 from vit_export.runtime.environment import installed
 from vit_export.runtime.known_bad import problems
 
@@ -107,17 +106,8 @@ def _diagnosis(target: Target, present: Mapping[Sdk, str], broken: Mapping[Sdk, 
         versions=versions,
         problem="; ".join(filter(None, (f"{names} missing" if lacking else "", system))),
         fix=_pip(lacking),
-        notes=(*sorted(unloadable), *problems(versions, jetson=_TEGRA.exists()), *_tensorrt(versions)),
+        notes=(*sorted(unloadable), *problems(versions, jetson=_TEGRA.exists())),
     )
-
-
-def _tensorrt(versions: Mapping[str, str]) -> Iterator[str]:
-    """What is known against the TensorRT versions here, with the advice."""
-    products: Mapping[str, trt_known_bad.Product] = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
-    for package, product in products.items():
-        if package in versions:
-            for bad in trt_known_bad.known_bad(versions[package], product):
-                yield f"{package} {versions[package]}: {bad.symptom}; {bad.advice} ({bad.sources[0]})"
 
 
 def _lacking(groups: Iterable[tuple[Sdk, ...]], working: Iterable[Sdk]) -> list[Sdk]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vit_export.artifacts import EvalSet, Logits, Runnable
 from vit_export.runtime.protocol import ProgressCallback
@@ -12,12 +14,16 @@ from vit_export.runtime.worker_client import Worker
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """What an artifact said. logits: float32 [N, K], memory-mapped. load_seconds: SDK import included."""
+    """What an artifact said. logits: float32 [N, K], memory-mapped. load_seconds: SDK import included.
+
+    details: how the runtime runs the artifact, see Runner.details.
+    """
 
     logits: Logits
     version: str
     load_seconds: float
     peak_rss_bytes: int | None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 def predict(
@@ -36,5 +42,5 @@ def predict(
     """
     with Worker(runnable, timeout=timeout) as worker:
         logits = worker.infer(data, out, batch=batch, progress=progress)
-        info = worker.info()
-        return Prediction(logits, info.version, worker.opened.seconds, info.peak_rss_bytes)
+        details, info = worker.details(data), worker.info()
+        return Prediction(logits, info.version, worker.opened.seconds, info.peak_rss_bytes, details)

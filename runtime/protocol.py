@@ -49,6 +49,14 @@ class Infer(Message, frozen=True):
     out: Path
 
 
+class Describe(Message, frozen=True):
+    """Ask how the runtime runs the artifact (Runner.details) on `batch` images; answered by Described."""
+
+    batch: int
+    pixels: Path
+    preprocessing: Preprocessing
+
+
 class Ask(Message, frozen=True):
     """Ask for Info."""
 
@@ -77,6 +85,12 @@ class Inferred(Message, frozen=True):
 
     images: int
     outputs: int
+
+
+class Described(Message, frozen=True):
+    """details: JSON's own types, as the report carries them."""
+
+    details: dict[str, Any]
 
 
 class Info(Message, frozen=True):
@@ -108,8 +122,8 @@ class Missing(Message, frozen=True):
     extra: str
 
 
-Request = Open | Time | Infer | Ask | Close
-Reply = Opened | Timed | Inferred | Info | Progress | Failed | Missing
+Request = Open | Time | Infer | Describe | Ask | Close
+Reply = Opened | Timed | Inferred | Described | Info | Progress | Failed | Missing
 
 
 def encode(message: Message) -> bytes:

@@ -60,6 +60,8 @@ def _verdicts(report: Report) -> Iterator[str]:
             yield f"  - stage {escape(loss.stage)}: {sqnr}, agreement {number(loss.agreement, '.3f')}"
         if result.kept_float:
             yield f"  - kept float: {escape(', '.join(result.kept_float))}"
+        for note in result.notes:
+            yield f"  - {escape(note)}"
 
 
 def _data(report: Report) -> Iterator[str]:

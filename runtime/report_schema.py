@@ -181,7 +181,11 @@ class StageLoss(Part, frozen=True, kw_only=True):
 
 
 class Result(Part, frozen=True, kw_only=True):
-    """One artifact. reason: why it was not run or failed. artifact: relative to the report's folder."""
+    """One artifact. reason: why it was not run or failed. artifact: relative to the report's folder.
+
+    details: facts of the build and of the runtime, which differ between targets. notes: those a user
+    should know, in sentences.
+    """
 
     target: str
     precision: Precision
@@ -208,6 +212,7 @@ class Result(Part, frozen=True, kw_only=True):
     float_fallback_ops: Count | None = None
     stages: tuple[StageLoss, ...] = ()
     details: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
     predictions: PackedIds | None = None
     verdict: Literal["ship", "hold"] | None = None
     verdict_reason: str = ""

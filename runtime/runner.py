@@ -171,6 +171,11 @@ class Runner(ABC):
             if collecting:
                 gc.enable()
 
+    def details(self, images: Images) -> Mapping[str, Any]:
+        """How the runtime runs the artifact, measured on `images` where that matters: JSON's own types, for
+        the report. Nothing by default."""
+        return {}
+
     def _timed(self, images: Images, runs: int, min_seconds: float, max_seconds: float) -> list[int]:
         """Times of calls until there are `runs` and `min_seconds` of them, or `max_seconds` are spent."""
         clock, infer = time.perf_counter_ns, self._infer

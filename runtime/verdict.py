@@ -7,19 +7,24 @@ reason to hold is told, accuracy first. Examples:
     ship   2.4x faster, drop 0.2 points [-0.1, 0.5]
     hold   top-1 drop 2.1 points is over the limit 1.0
     hold   int8 is 0.93x the speed of fp16 here
+    hold   int8 is no faster than fp16 here (1.01x; not int8 in the engine: blocks.0.attn.proj)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from vit_export.artifacts import Precision
 from vit_export.runtime.accuracy import images_needed
+from vit_export.runtime.known_bad import against
 from vit_export.runtime.report_schema import Gate, Result
 
 SLOWER = 0.97  # a ratio of medians this close to 1 is a draw on a quiet machine
+_NAMED = 4  # layers named in a sentence; the report has them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,45 @@ def judge(
     return Verdict("ship", ", ".join([*_speed_words(result), _accuracy_words(result, gate)]), (gate,))
 
 
+def judged(
+    results: Sequence[Result],
+    *,
+    family: str,
+    spec: str,
+    limits: Limits | None = None,
+    embeddings: bool = False,
+) -> Iterator[Result]:
+    """Each result of a run with its verdict, and what is known against the runtime it was measured on."""
+    models = (family, spec.rpartition(":")[2])
+    for result in results:
+        verdict = judge(result, peers=results, limits=limits, embeddings=embeddings)
+        faults = against(
+            result.runtime_version or str(result.details.get("builder", "")),
+            models=models,
+            precision=result.precision,
+            capability=_capability(result),
+            slow=_no_gain(result),
+        )
+        yield msgspec.structs.replace(
+            result,
+            verdict=verdict.verdict,
+            verdict_reason=verdict.reason,
+            gates=verdict.gates,
+            notes=(*result.notes, *faults),
+        )
+
+
+def _no_gain(result: Result) -> bool:
+    """Whether int8 was timed beside fp16 of the same target and won nothing."""
+    return result.speedup_vs_fp16 is not None and result.speedup_vs_fp16 < 1 / SLOWER
+
+
+def _capability(result: Result) -> str:
+    """`8.7`: compute capability of the GPU it ran on, "" for what did not run on one."""
+    found = (result.details.get("device") or {}).get("capability", ())
+    return ".".join(map(str, found))
+
+
 def drop_words(drop: float, interval: tuple[float, float] | None) -> str:
     """`drop 0.2 points [-0.1, 0.5]`."""
     bounds = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
@@ -101,9 +145,13 @@ def _accuracy_complaints(result: Result, gate: Gate) -> Iterable[str]:
 
 
 def _speed_complaints(result: Result, peers: Sequence[Result]) -> Iterable[str]:
-    """The worst ratio to a higher precision of the same target, or to the baseline if that is worse."""
+    """The worst ratio to a higher precision of the same target, or to the baseline if that is worse.
+
+    int8 has to win against fp16: it costs more accuracy, so a draw is no reason to ship it.
+    """
     if result.latency_ms is None:
         return
+    note = " (unstable timing)" if result.latency_ms.unstable else ""
     order = list(Precision)
     ratios = {
         str(peer.precision): peer.latency_ms.p50 / result.latency_ms.p50
@@ -116,8 +164,21 @@ def _speed_complaints(result: Result, peers: Sequence[Result]) -> Iterable[str]:
         ratios["the FP32 baseline"] = result.speedup
     if ratios and min(ratios.values()) < SLOWER:
         rival = min(ratios, key=lambda name: ratios[name])
-        note = " (unstable timing)" if result.latency_ms.unstable else ""
+        note = f"{_fallbacks(result)}{note}"
         yield f"{result.precision} is {ratios[rival]:.2f}x the speed of {rival} here{note}"
+    elif result.precision is Precision.INT8 and ratios.get("fp16", 2.0) < 1 / SLOWER:
+        yield f"int8 is no faster than fp16 here ({ratios['fp16']:.2f}x{_fallbacks(result, '; ', '')}){note}"
+
+
+def _fallbacks(result: Result, before: str = " (", after: str = ")") -> str:
+    """The quantised layers that the engine does not run in int8, where its inspector was asked."""
+    layers = result.details.get("int8_fallbacks")
+    if layers is None:
+        return ""
+    if not layers:
+        return f"{before}every quantised layer is int8 in the engine{after}"
+    more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+    return f"{before}not int8 in the engine: {', '.join(layers[:_NAMED])}{more}{after}"
 
 
 def _speed_words(result: Result) -> Iterable[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.latency import Timings, alternate
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result
-from vit_export.runtime.verdict import Limits, judge
+from vit_export.runtime.verdict import Limits, judged
 from vit_export.runtime.worker_client import Worker
 
 # An artifact may lose this much of its SQNR on the way to the device, and is never asked for more than
@@ -86,7 +86,16 @@ class OneSize:
             progress=lambda name, done, total: self.notify("measure latency", done, total),
         )
         results = [_timed(result, timings) for result in results]
-        return tuple(self._judged(results))
+        model = self.bundle.manifest.model
+        return tuple(
+            judged(
+                results,
+                family=model.family,
+                spec=model.spec,
+                limits=self.job.limits,
+                embeddings=self._embeddings,
+            )
+        )
 
     def baseline(self) -> Baseline:
         """What the bundle knows of FP32 PyTorch: its accuracy on these images, not its speed here."""
@@ -160,22 +169,15 @@ class OneSize:
                 batch=step,
                 progress=lambda _, done, total: self.notify(f"evaluate {name}", done, total),
             )
-            info, seconds = worker.info(), worker.opened.seconds
+            info, seconds, details = worker.info(), worker.opened.seconds, worker.details(images)
         accuracy = compare(reference, logits, images.labels, embeddings=self._embeddings)
         result = msgspec.structs.replace(
             result,
             runtime_version=info.version,
             peak_rss_bytes=info.peak_rss_bytes,
-            details={"golden_sqnr_db": measured, "load_seconds": round(seconds, 3)},
+            details={"golden_sqnr_db": measured, "load_seconds": round(seconds, 3), **details},
         )
         return result.with_accuracy(accuracy, None if self._embeddings else predictions(logits))
-
-    def _judged(self, results: Sequence[Result]) -> Iterator[Result]:
-        for result in results:
-            verdict = judge(result, peers=results, limits=self.job.limits, embeddings=self._embeddings)
-            yield msgspec.structs.replace(
-                result, verdict=verdict.verdict, verdict_reason=verdict.reason, gates=verdict.gates
-            )
 
 
 def _result(artifact: StoredArtifact) -> Result:

@@ -67,6 +67,8 @@ class Session:
                 return self._time(request)
             case protocol.Infer():
                 return self._infer(request)
+            case protocol.Describe():
+                return protocol.Described(dict(self.runner.details(self._sample(request))))
             case protocol.Ask():
                 return protocol.Info(self.runner.version, peak_rss_bytes())
             case protocol.Close():
@@ -89,7 +91,7 @@ class Session:
         )
         return protocol.Timed(times.tolist())
 
-    def _sample(self, request: protocol.Time) -> Images:
+    def _sample(self, request: protocol.Time | protocol.Describe) -> Images:
         """The first `batch` images, repeated if there are fewer, or seeded noise without images."""
         if request.pixels is None or request.preprocessing is None:
             shape = (request.batch, 3, *self.runner.signature.image_size)

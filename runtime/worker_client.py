@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -123,6 +123,11 @@ class Worker:
         self._ask(request, protocol.Inferred, progress=progress)
         logits: Logits = np.load(out, mmap_mode="r", allow_pickle=False)
         return logits
+
+    def details(self, data: EvalSet) -> Mapping[str, Any]:
+        """How the runtime runs the artifact, measured on the first images of `data`; see Runner.details."""
+        request = protocol.Describe(self.opened.batch or 1, data.pixels.absolute(), data.preprocessing)
+        return self._ask(request, protocol.Described).details
 
     def info(self) -> protocol.Info:
         """Version of the runtime and peak memory of the process so far."""

@@ -47,6 +47,6 @@ class OrtTarget(Target):
         """Runs in ONNX Runtime's CPU provider with all optimisations."""
         return Runnable("onnx", artifact.path, threads)
 
-    def lowered(self, artifact: BuiltArtifact, threads: int) -> Runnable | None:
+    def lowered(self, artifact: BuiltArtifact, threads: int, work: Path) -> Runnable | None:
         """The file as written, node by node."""
         return Runnable("onnx", artifact.path, threads, {"optimization": "none"})

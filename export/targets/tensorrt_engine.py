@@ -9,6 +9,7 @@ from typing import Any
 
 from vit_export.artifacts import BuildRequest, BuiltArtifact, Precision, Program, Runnable, TargetProfile
 from vit_export.errors import UsageError
+from vit_export.export import trt_notes
 from vit_export.export.target import Target
 from vit_export.export.trt_options import TensorRtOptions
 from vit_export.export.trt_sdk import why_not_here
@@ -63,6 +64,7 @@ class TensorRtTarget(Target):
             "opset": model.opset_imports[""],
             "nodes": model.graph.num_nodes(),
             **facts,
+            "ranges_from": request.samples_are,
             "not_built": built.reason,
             "builder": f"{built.module} {built.version}".strip(),
             "build_seconds": round(built.seconds, 2),
@@ -73,14 +75,31 @@ class TensorRtTarget(Target):
         }
         return built.engine or graph, details
 
+    def _size(self, path: Path) -> int:
+        """Bytes of the engine, or of the graph with its weights: the other is in the same folder."""
+        return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
     def runnable(self, artifact: BuiltArtifact, threads: int) -> Runnable:
         """Runs in TensorRT on this machine's GPU."""
         return Runnable("tensorrt", artifact.path, threads)
 
-    def lowered(self, artifact: BuiltArtifact, threads: int) -> Runnable:
-        """The graph the engine was (or will be) built from, in ONNX Runtime as it is written."""
+    def lowered(self, artifact: BuiltArtifact, threads: int, work: Path) -> Runnable:
+        """The graph the engine was (or will be) built from, in ONNX Runtime as it is written.
+
+        With every float16 tensor rounded, as a GPU stores it: ONNX Runtime's CPU provider alone keeps
+        float32 from one float16 node to the next.
+        """
+        from vit_export.export.peaks import save_rounded
+
         graph = artifact.path.with_suffix(".onnx")
+        if artifact.precision is not Precision.FP32:
+            height, width = artifact.image_size
+            graph = save_rounded(graph, work / f"tensorrt-{artifact.precision}-{height}x{width}.onnx")
         return Runnable("onnx", graph, threads, {"optimization": "none"})
+
+    def notes(self, artifact: BuiltArtifact) -> tuple[str, ...]:
+        """What was built for which chips, what stays float, and the vendor's command lines for it."""
+        return trt_notes.sentences(artifact.details)
 
     def not_run(self) -> str:
         """Without a GPU, its driver and an SDK no engine can run here."""

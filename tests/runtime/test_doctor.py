@@ -11,7 +11,6 @@ import pytest
 from vit_export.runtime import doctor, environment
 from vit_export.runtime.doctor import TARGETS, Sdk, Target, diagnose
 from vit_export.runtime.environment import collect, features_in, physical_cores
-from vit_export.runtime.known_bad import KNOWN_BAD, KnownBad, problems, release
 
 X86 = "processor : 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512f avx512_vnni amx_int8 amx_bf16\n"
 ARM = "processor : 0\nFeatures\t: fp asimd asimdhp asimddp i8mm bf16 sve\n"
@@ -113,40 +112,3 @@ def test_probing_imports_nothing_here():
         "assert d.runs, d; assert 'onnxruntime' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_known_bad_versions():
-    """A version inside the range is told with its source, one outside is not; CPU and board count."""
-    table = (
-        KnownBad("pkg", "1.2", "1.4", "wrong", "where#1"),
-        KnownBad("pkg", "2", "3", "slow", "where#2", feature="amx-int8"),
-        KnownBad("pkg", "3", "4", "none", "where#3", jetson=True),
-    )
-
-    def told(version: str, **where) -> tuple[str, ...]:
-        return problems({"pkg": version}, features=where.pop("features", ()), known=table, **where)
-
-    assert told("1.2.0") == ("pkg 1.2.0: wrong (where#1)",)
-    assert told("1.3.9rc1")
-    assert not told("1.4.0")
-    assert not told("1.1.99")
-    assert not told("2.5")
-    assert told("2.5", features=("amx-int8",))
-    assert not told("3.0")
-    assert told("3.0", jetson=True)
-    assert problems({"other": "1.3"}, known=table) == ()
-
-
-def test_release_order():
-    """Versions compare by number, and 1.23 equals 1.23.0."""
-    assert release("1.23") == release("1.23.0") < release("1.23.1") < release("1.100") < release("2.0.dev1+x")
-    assert release("nonsense") == (0,)
-
-
-def test_the_table_itself_is_sound():
-    """Every entry has a range that is not empty, a source, and a package that reports list."""
-    for bad in KNOWN_BAD:
-        assert release(bad.low) < release(bad.high)
-        assert bad.what
-        assert bad.source
-        assert bad.package in environment.PACKAGES

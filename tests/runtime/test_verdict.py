@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from contracts.sample_report import latency, result
 from vit_export.artifacts import Precision
-from vit_export.runtime.verdict import Limits, judge
+from vit_export.runtime.verdict import Limits, judge, judged
 
 NO_LABELS: dict[str, Any] = {"top1": None, "top5": None, "top1_drop": None, "top1_drop_ci95": None}
 FP16 = result(precision=Precision.FP16, latency_ms=latency(37.2), speedup=2.6)
@@ -109,8 +110,46 @@ def test_only_same_target_and_size_are_rivals():
 
 def test_a_draw_is_not_slower():
     """Two percent is noise of the machine, not a reason to hold."""
-    peer = result(precision=Precision.FP16, latency_ms=latency(39.3))
+    peer = result(precision=Precision.FP32, latency_ms=latency(39.3))
     assert judge(result(), peers=(peer,)).verdict == "ship"
+
+
+@pytest.mark.parametrize(
+    ("details", "reason"),
+    [
+        ({}, "int8 is no faster than fp16 here (1.01x)"),
+        (
+            {"int8_fallbacks": ["a", "b", "c", "d", "e"]},
+            "int8 is no faster than fp16 here (1.01x; not int8 in the engine: a, b, c, d and 1 more)",
+        ),
+        (
+            {"int8_fallbacks": []},
+            "int8 is no faster than fp16 here (1.01x; every quantised layer is int8 in the engine)",
+        ),
+    ],
+)
+def test_int8_must_win_against_fp16(details: dict[str, Any], reason: str):
+    """A draw with fp16 is no reason to ship int8, and the layers the engine did not take are named."""
+    peer = result(precision=Precision.FP16, latency_ms=latency(40.4))
+    found = judge(result(details=details), peers=(peer,))
+    assert (found.verdict, found.reason) == ("hold", reason)
+    slower = result(precision=Precision.FP16, latency_ms=latency(20))
+    assert judge(result(details=details), peers=(slower,)).reason.startswith(
+        "int8 is 0.50x the speed of fp16"
+    )
+
+
+def test_known_faults_are_told_with_the_result():
+    """What is reported against the runtime and chip of a result is a note of it; the verdict stays."""
+    device = {"device": {"capability": [8, 7]}}
+    bad = result(target="tensorrt", runtime_version="tensorrt 10.3.0", details=device)
+    (told,) = judged([bad], family="vision_transformer", spec="timm:vit_tiny_patch16_224")
+    assert told.verdict == "ship"
+    assert [note.startswith("tensorrt 10.3.0 (reported wrong): ") for note in told.notes] == [True, True]
+    (slow,) = judged([msgspec.structs.replace(bad, speedup_vs_fp16=0.9)], family="", spec="x")
+    assert any("int8 ViTs no faster than FP16" in note for note in slow.notes)
+    (fine,) = judged([result()], family="vision_transformer", spec="timm:vit_tiny_patch16_224")
+    assert fine.notes == ()
 
 
 def test_limit_is_applied_to_the_drop_and_recorded():

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vit_export.artifacts import Precision
 from vit_export.runtime import trt_jetson
 from vit_export.runtime.trt_inspector import int8_fallbacks, reads_int8
 from vit_export.runtime.trt_jetson import new_throttling, parse_power, parse_power_mode, read_jetson
-from vit_export.runtime.trt_known_bad import KNOWN_BAD, known_bad
 
 TEGRASTATS = (
     "11-23-2026 12:00:00 RAM 3012/7620MB (lfb 4x4MB) SWAP 0/3810MB (cached 0MB) CPU [2%@729,0%@729] "
@@ -142,49 +140,3 @@ class TestInspector:
         """Older engines join node names by ` + ` instead of listing them as metadata."""
         old = {"Name": "w + /head/fc/Gemm + /act/Relu", "Inputs": [{"Format/Datatype": "Half"}]}
         assert int8_fallbacks([old], ["head.fc"]) == ("head.fc",)
-
-
-class TestKnownBad:
-    """The table of reports."""
-
-    def test_every_entry_can_be_followed(self):
-        """Each has a symptom, advice and sources that are issue or documentation URLs."""
-        for bad in KNOWN_BAD:
-            assert bad.symptom and bad.advice
-            assert bad.sources and all(source.startswith("https://") for source in bad.sources)
-
-    @pytest.mark.parametrize(
-        ("version", "found"),
-        [
-            ("10.3.0", True),
-            ("10.3.0.30", True),
-            ("10.4.0", False),
-            ("10.16.1.11", False),
-            ("11.4.0.106", False),
-        ],
-    )
-    def test_jetpack_6_is_warned_and_jetpack_7_is_not(self, version, found):
-        """FP16 ViTs are wrong on 10.3 (JetPack 6), not on 10.16 (JetPack 7)."""
-        hits = known_bad(version, model="vit_small_patch16_dinov3", precision=Precision.FP16)
-        assert any("/4723" in source for bad in hits for source in bad.sources) is found
-
-    def test_precision_model_chip_and_product_narrow(self):
-        """An entry for FP16 on consumer Blackwell is silent for FP32, for other chips and for RTX."""
-
-        def blackwell(**given: object) -> bool:
-            hits = known_bad(**{"version": "10.16.1", **given})  # type: ignore[arg-type]
-            return any("/4837" in source for bad in hits for source in bad.sources)
-
-        assert blackwell(precision=Precision.FP16, capability="12.0")
-        assert not blackwell(precision=Precision.FP32, capability="12.0")
-        assert not blackwell(precision=Precision.FP16, capability="8.7")
-        assert not blackwell(product="rtx")
-        assert blackwell()  # nothing given excludes nothing: what doctor asks
-
-    def test_batches_of_pyramids(self):
-        """PVT's relative SegFormer is wrong above batch 1 from 10.11 to 11.1: PVT is told, ViT is not."""
-        assert any("/4853" in s for bad in known_bad("11.1.0", model="pvt_v2_b0") for s in bad.sources)
-        assert not any("/4853" in s for bad in known_bad("11.1.0", model="vit_base") for s in bad.sources)
-        assert not any(
-            "/4853" in s for bad in known_bad("11.4.0.106", model="pvt_v2_b0") for s in bad.sources
-        )

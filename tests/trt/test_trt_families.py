@@ -139,12 +139,13 @@ class TestGraph:
         assert "Shape" not in inside and "Concat" not in inside
         assert inside.count("Mul") == 1
 
-    def test_the_graph_runs_where_the_engine_cannot(self, built):
-        """`lowered` is the very graph, unoptimised, so numbers are known without a GPU."""
-        runnable = TensorRtTarget().lowered(built, 1)
-        assert runnable.path == built.path.with_suffix(".onnx")
+    def test_the_graph_runs_where_the_engine_cannot(self, built, tmp_path):
+        """`lowered` is the very graph, unoptimised and rounded, so numbers are known without a GPU."""
+        runnable = TensorRtTarget().lowered(built, 1, tmp_path)
+        rounded = run_graph(built.path.with_suffix(".onnx"), noise(64), threads=1, rounded=True)
         with open_runner(runnable) as runner:
             answer = runner.infer(noise(64))
+        np.testing.assert_array_equal(answer, rounded)
         assert sqnr_db(outputs(source("vit", 64, Precision.INT8), noise(64)), answer) >= 20
 
     def test_commands_name_files_of_the_folder(self, built):

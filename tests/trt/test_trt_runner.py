@@ -12,8 +12,9 @@ import pytest
 
 from contracts.runner import RunnerContract
 from contracts.trt_graphs import CLASSES, SIZE, linear_logits
-from vit_export.artifacts import Images, Logits, Runnable, Size
+from vit_export.artifacts import EvalSet, Images, Logits, Preprocessing, Runnable, Size
 from vit_export.errors import RunnerError
+from vit_export.runtime.inference import predict
 from vit_export.runtime.runner import open_runner
 from vit_export.runtime.tensorrt_runner import TensorRTRunner
 from vit_export.runtime.trt_cuda import CudaError, OutOfMemory
@@ -214,6 +215,15 @@ class TestMeasure:
         assert details["device"]["capability"] == [8, 7]
         assert details["compute_ms"] == 3.0
         assert {"to_device_ms", "to_host_ms", "host_ms", "int8_fallbacks", "cuda_graph"} <= set(details)
+
+    def test_the_report_gets_them(self, make_engine, tmp_path):
+        """A prediction made in a worker brings the details along: GPU times, device and fallbacks."""
+        pixels = tmp_path / "pixels.npy"
+        np.save(pixels, np.zeros((3, *SIZE, 3), np.uint8))
+        data = EvalSet(pixels=pixels, preprocessing=Preprocessing(SIZE), count=3)
+        details = predict(runnable_for(make_engine()), data, tmp_path / "out.npy").details
+        assert (details["compute_ms"], details["device"]["capability"]) == (3.0, [8, 7])
+        assert details["int8_fallbacks"] == []
 
     def test_fallbacks_are_named_from_the_inspector(self, make_engine):
         """A module the manifest wants in int8 but whose layer reads float16 is reported by name."""

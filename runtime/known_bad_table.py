@@ -1,35 +1,34 @@
-"""TensorRT versions known to be wrong, slow or unable for vision transformers, with where it was reported.
+"""Versions reported wrong, slow or unable for vision transformers: data, with where it was reported.
 
-`doctor` lists the entries for the installed version; a report lists those that fit its model, GPU and
-precision, so that a bad number is not hunted twice. An entry is a report by others, not a measurement of
-this project: it never changes a verdict by itself.
+Every runtime of this project is in this one table. An entry is a report by others, not a measurement of
+ours: it never changes a verdict by itself. `known_bad` reads it for `doctor` and for reports.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from vit_export.artifacts import Precision
 
-Product = Literal["tensorrt", "rtx"]
 Kind = Literal["wrong", "slow", "refused"]
 _TENSORRT = "https://github.com/NVIDIA/TensorRT/issues/"
+_TENSORRT_DOCS = "https://docs.nvidia.com/deeplearning/tensorrt/"
 _RTX_MATRIX = "https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix.html"
+_ORT = "https://github.com/microsoft/onnxruntime/issues/"
 
 
 @dataclass(frozen=True, slots=True)
 class KnownBad:
     """One report.
 
-    first, last: versions it was seen in, inclusive, compared part by part ("10.16" covers 10.16.1.11).
-    models: globs over family or model name. capabilities: of the GPUs it needs, () for any.
-    precisions: () for any. advice: what to do about it. sources: URLs.
+    package: distribution it is about. first, last: versions it was seen in, inclusive, compared part by
+    part ("10.16" covers 10.16.1.11). models: globs over family or model name. capabilities: of the GPUs it
+    needs, () for any. precisions: () for any. feature: only on CPUs that have it. jetson: only on a Jetson.
+    advice: what to do about it. sources: URLs.
     """
 
+    package: str
     first: str
     last: str
     kind: Kind
@@ -39,13 +38,55 @@ class KnownBad:
     models: tuple[str, ...] = ("*",)
     precisions: tuple[Precision, ...] = ()
     capabilities: tuple[str, ...] = ()
-    product: Product = "tensorrt"
+    feature: str = ""
+    jetson: bool = False
 
 
 _HALF = (Precision.FP16, Precision.INT8)
 
 KNOWN_BAD: tuple[KnownBad, ...] = (
     KnownBad(
+        "onnxruntime",
+        "0",
+        "1.22",
+        "refused",
+        "no Attention operator (opset 23), which the exported graph has",
+        "use 1.23 or later, or export with --opset 20",
+        (f"{_ORT}25156",),
+    ),
+    KnownBad(
+        "onnxruntime",
+        "1.23",
+        "1.23",
+        "wrong",
+        "wrong int8 convolutions on CPUs with AMX",
+        "use 1.24 or later",
+        (f"{_ORT}26324",),
+        precisions=(Precision.INT8,),
+        feature="amx-int8",
+    ),
+    KnownBad(
+        "openvino",
+        "2025.3",
+        "2025",
+        "wrong",
+        "a detector on DINOv2 loses accuracy",
+        "compare before shipping, as the report does; 2026 is reported right",
+        ("https://github.com/roboflow/rf-detr/issues/515",),
+        models=("*dinov2*",),
+    ),
+    KnownBad(
+        "tensorrt",
+        "11.0",
+        "11.4.0",
+        "refused",
+        "no support for JetPack",
+        "JetPack 7.2.2 takes 11.4.1 and later (the SBSA package); JetPack 6 stays on 10.x",
+        (f"{_TENSORRT_DOCS}11.4.1/api/migration/tensorrt-10x-to-11x-jetson.html",),
+        jetson=True,
+    ),
+    KnownBad(
+        "tensorrt",
         "10.3",
         "10.3",
         "wrong",
@@ -56,6 +97,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         precisions=_HALF,
     ),
     KnownBad(
+        "tensorrt",
         "10.3",
         "10.3",
         "wrong",
@@ -64,6 +106,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         (f"{_TENSORRT}4419",),
     ),
     KnownBad(
+        "tensorrt",
         "10.4",
         "10.4",
         "wrong",
@@ -73,6 +116,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         models=("*dinov3*",),
     ),
     KnownBad(
+        "tensorrt",
         "10.7",
         "10.7",
         "wrong",
@@ -81,6 +125,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         (f"{_TENSORRT}4333", f"{_TENSORRT}4328"),
     ),
     KnownBad(
+        "tensorrt",
         "10.11",
         "11.1",
         "wrong",
@@ -90,6 +135,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         models=("*segformer*", "*pvt*"),
     ),
     KnownBad(
+        "tensorrt",
         "10.13",
         "10.14",
         "wrong",
@@ -99,6 +145,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         capabilities=("11.0",),
     ),
     KnownBad(
+        "tensorrt",
         "10.14",
         "10.14",
         "refused",
@@ -107,6 +154,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         (f"{_TENSORRT}4705",),
     ),
     KnownBad(
+        "tensorrt",
         "10.8",
         "10.16",
         "wrong",
@@ -117,6 +165,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         capabilities=("12.0",),
     ),
     KnownBad(
+        "tensorrt",
         "11.1",
         "11.1",
         "wrong",
@@ -126,6 +175,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         models=("*detr*",),
     ),
     KnownBad(
+        "tensorrt",
         "10.0",
         "99",
         "slow",
@@ -135,6 +185,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         precisions=(Precision.INT8,),
     ),
     KnownBad(
+        "tensorrt",
         "10.0",
         "99",
         "slow",
@@ -144,15 +195,16 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         precisions=(Precision.INT8,),
     ),
     KnownBad(
+        "tensorrt-rtx",
         "1.0",
         "1.2",
         "refused",
         "TensorRT-RTX 1.2 fails on attention of a whole encoder (addAttention, mScopedOps)",
         "use TensorRT-RTX 1.4 or later",
         ("https://github.com/NVIDIA/TensorRT-RTX/issues/26",),
-        product="rtx",
     ),
     KnownBad(
+        "tensorrt-rtx",
         "1.0",
         "99",
         "slow",
@@ -160,40 +212,5 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         "ship int8 on RTX only where the report measured it faster",
         (_RTX_MATRIX,),
         precisions=(Precision.INT8,),
-        product="rtx",
     ),
 )
-
-
-def known_bad(
-    version: str,
-    product: Product = "tensorrt",
-    *,
-    model: str = "",
-    precision: Precision | None = None,
-    capability: str = "",
-    table: Iterable[KnownBad] = KNOWN_BAD,
-) -> tuple[KnownBad, ...]:
-    """The entries that fit. What is not given ("" or None) does not exclude an entry.
-
-    version: `10.3.0`, `11.4.0.106`. model: family or name, any case. capability: `8.7`.
-    """
-    return tuple(
-        bad
-        for bad in table
-        if bad.product == product
-        and _within(version, bad.first, bad.last)
-        and (not model or any(fnmatch.fnmatch(model.lower(), pattern) for pattern in bad.models))
-        and (precision is None or not bad.precisions or precision in bad.precisions)
-        and (not capability or not bad.capabilities or capability in bad.capabilities)
-    )
-
-
-def _within(version: str, first: str, last: str) -> bool:
-    """first <= version <= last, where `last` covers everything below it: 10.16 covers 10.16.1."""
-    parts = _parts(version)
-    return parts[: len(_parts(first))] >= _parts(first) and parts[: len(_parts(last))] <= _parts(last)
-
-
-def _parts(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version.split("post")[0]))
