@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,6 +31,7 @@ from vit_export.runtime.accuracy import compare, predictions, score
 from vit_export.runtime.bundle import SizeImages
 from vit_export.runtime.inference import Prediction, predict
 from vit_export.runtime.latency import Timings, alternate
+from vit_export.runtime.profiles import profiled
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageLoss
 from vit_export.runtime.verdict import judged
@@ -41,7 +42,10 @@ _BASELINE = "pytorch"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one image size gave. calib, evaluation: the images it used; carried: what a bundle takes."""
+    """What one image size gave. calib, evaluation: the images it used; carried: what a bundle takes.
+
+    built: the artifacts, in the order of `results`. outputs: of those that ran here, by `Result.name`.
+    """
 
     program: Program
     baseline: Baseline
@@ -51,6 +55,13 @@ class Outcome:
     doubts: tuple[str, ...]
     notes: tuple[str, ...]
     carried: SizeImages
+    built: tuple[BuiltArtifact | None, ...] = ()
+    outputs: Mapping[str, Logits] = dataclasses.field(default_factory=dict)
+
+    def artifact(self, target: str, precision: Precision) -> BuiltArtifact | None:
+        """What was built for a target at a precision; None if that failed."""
+        found = (a for a in self.built if a is not None and (a.target, a.precision) == (target, precision))
+        return next(found, None)
 
 
 @dataclasses.dataclass(slots=True)
@@ -63,6 +74,7 @@ class OneSize:
     sources: ImageSources
     work: Path
     notify: ProgressCallback
+    outputs: dict[str, Logits] = dataclasses.field(default_factory=dict)
 
     def run(self) -> Outcome:
         """Trace, calibrate, build, run, time and judge."""
@@ -82,6 +94,10 @@ class OneSize:
         results = [self._check(program, plan, item, reference.logits, evaluation) for item in built]
         timings = self._time(baseline, built, results, evaluation)
         results = [self._timed(result, timings) for result in results]
+        results = [
+            self._profiled(result, item, reference.logits, evaluation)
+            for result, item in zip(results, built, strict=True)
+        ]
         summary = self._baseline(reference, evaluation, timings)
         pairs = zip(results, built, strict=True)
         opened = {r.name: item[0].runnable(item[1], 0) for r, item in pairs if not isinstance(item, Result)}
@@ -102,6 +118,8 @@ class OneSize:
             doubts,
             self.model.notes,
             SizeImages(evaluation, reference.logits, summary, opened),
+            tuple(None if isinstance(item, Result) else item[1] for item in built),
+            self.outputs,
         )
 
     @property
@@ -176,8 +194,10 @@ class OneSize:
             accuracy = compare(
                 reference, prediction.logits, images.labels, embeddings=self._embeddings, seed=self.job.seed
             )
+            self.outputs[result.name] = prediction.logits
             result = msgspec.structs.replace(
                 result,
+                reason=target.not_timed(),
                 runtime_version=prediction.version,
                 peak_rss_bytes=prediction.peak_rss_bytes,
                 details={**result.details, **prediction.details},
@@ -314,6 +334,22 @@ class OneSize:
             latency_ms=latency,
             speedup=timings.median_ratio(_BASELINE, result.name),
             speedup_vs_fp16=timings.median_ratio(fp16, result.name) if fp16 in timings.rounds else None,
+        )
+
+    def _profiled(
+        self, result: Result, item: tuple[Target, BuiltArtifact] | Result, reference: Logits, images: EvalSet
+    ) -> Result:
+        """What the runtime's own measurements add, for runtimes that have any (profiles.py)."""
+        if isinstance(item, Result) or result.latency_ms is None:
+            return result
+        target, artifact = item
+        return profiled(
+            result,
+            target.runnable(artifact, self.job.threads),
+            images,
+            self.work,
+            lambda logits: compare(reference, logits, images.labels, embeddings=self._embeddings),
+            timeout=self.job.timeout,
         )
 
     def _baseline(self, reference: Prediction, images: EvalSet, timings: Timings) -> Baseline:

@@ -40,6 +40,7 @@ from vit_export.runtime.environment import collect as environment
 from vit_export.runtime.inference import predict
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Data, EvalData, ImageData, ModelInfo, PackedIds, Report, Result
+from vit_export.several_sizes import shared
 
 __all__ = [
     "adapt", "batches", "calibrate", "exit_code", "export", "load", "make_plan", "predict", "quantize", "run",
@@ -67,6 +68,7 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
             OneSize(job, adapt(model, size, job.adapt), targets, sources, work, notify).run()
             for size in job.image_sizes or (model.image_size,)
         ]
+        outcomes = shared(job, targets, outcomes, work, notify)
         report = _report(job, command, model, sources, outcomes)
         if job.bundle_images is not None and any(result.artifact for result in report.results):
             notify("bundle", 0, 1)

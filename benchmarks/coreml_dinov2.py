@@ -172,7 +172,7 @@ def sizes(model: LoadedModel, plan: QuantPlan, folder: Path) -> Iterator[str]:
     for row in (Row("FP16", FP16, IMAGE), Row("W8A8", INT8, IMAGE)):
         models = [adapt(model, size) for size in SIZES]
         single = [build(m, prepare(m, plan, row), row, folder / f"{row.name}{m.image_size}") for m in models]
-        together = TARGET.combine(single, folder / row.name)[0].size_bytes
+        together = TARGET.share(single, folder / row.name)[0].size_bytes
         names = ", ".join(f"{height}x{width}" for height, width in SIZES)
         apart = sum(artifact.size_bytes for artifact in single)
         yield f"{row.name} at {names}: one package {together / 1e6:.1f} MB, one each {apart / 1e6:.1f} MB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,6 +78,14 @@ class Target(ABC):
     def notes(self, artifact: BuiltArtifact) -> tuple[str, ...]:
         """What a user should know of how the artifact was made, in sentences for the report."""
         return ()
+
+    def shares(self, artifacts: Sequence[BuiltArtifact]) -> bool:
+        """Whether artifacts of several sizes can be one that shares their weights (`share`)."""
+        return False
+
+    def share(self, artifacts: Sequence[BuiltArtifact], folder: Path) -> tuple[BuiltArtifact, ...]:
+        """One artifact in `folder` for several sizes, described once for each, in their order."""
+        raise NotImplementedError(f"target {self.name} keeps one artifact a size")
 
     def not_run(self) -> str:
         """Why artifacts of this target cannot run on this machine; empty when they can."""

@@ -19,6 +19,7 @@ from vit_export.runtime.coreml_runner import latency_reason
 from vit_export.runtime.doctor import TARGETS
 from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.latency import Timings, alternate
+from vit_export.runtime.profiles import profiled
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result
 from vit_export.runtime.verdict import Limits, judged
@@ -85,7 +86,7 @@ class OneSize:
             timeout=self.job.timeout,
             progress=lambda name, done, total: self.notify("measure latency", done, total),
         )
-        results = [_timed(result, timings) for result in results]
+        results = [self._profiled(_timed(result, timings), images) for result in results]
         model = self.bundle.manifest.model
         return tuple(
             judged(
@@ -178,6 +179,20 @@ class OneSize:
             details={"golden_sqnr_db": measured, "load_seconds": round(seconds, 3), **details},
         )
         return result.with_accuracy(accuracy, None if self._embeddings else predictions(logits))
+
+    def _profiled(self, result: Result, images: EvalSet) -> Result:
+        """What the runtime's own measurements add, for runtimes that have any (profiles.py)."""
+        if result.latency_ms is None:
+            return result
+        reference = self.bundle.logits(self.stored.evaluation)
+        return profiled(
+            result,
+            self.runnables[result.name],
+            images,
+            self.work,
+            lambda logits: compare(reference, logits, images.labels, embeddings=self._embeddings),
+            timeout=self.job.timeout,
+        )
 
 
 def _result(artifact: StoredArtifact) -> Result:

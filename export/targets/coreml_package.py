@@ -69,23 +69,49 @@ class CoreMLTarget(Target):
             return ""
         return "Core ML speed is only measurable on a Mac (reference interpreter, not Apple's runtime)"
 
-    def combine(self, artifacts: Sequence[BuiltArtifact], folder: Path) -> tuple[BuiltArtifact, ...]:
-        """One package with a function a size, `size_224x224`, weights shared; the first is the default.
+    def notes(self, artifact: BuiltArtifact) -> tuple[str, ...]:
+        """What the package takes, and what of its weights is compressed."""
+        facts = artifact.details
+        takes = "an RGB image, normalised inside" if facts["input"] == "image" else "a float32 tensor"
+        gives = " and is a classifier" if facts["labels"] else ""
+        lines = [f"opens on {_SYSTEMS[facts['deployment_target']]} and later, takes {takes}{gives}"]
+        if "weights" in facts:
+            lines.append(_compressed(facts))
+        return tuple(lines)
 
-        Gives the artifacts back as they are where Core ML has no such package: for a single size,
-        below iOS 18, and for classifiers.
-        """
+    def shares(self, artifacts: Sequence[BuiltArtifact]) -> bool:
+        """For several sizes, from iOS 18 on, and not for classifiers: Core ML has no such functions."""
+        facts = [artifact.details for artifact in artifacts]
+        return len(facts) > 1 and not any(
+            fact["labels"] or fact["deployment_target"] == "iOS17" for fact in facts
+        )
+
+    def share(self, artifacts: Sequence[BuiltArtifact], folder: Path) -> tuple[BuiltArtifact, ...]:
+        """One package with a function a size, `size_224x224`, weights shared; the first is the default."""
         from vit_export.export.coreml_functions import combine
 
-        facts = [artifact.details for artifact in artifacts]
-        if len(artifacts) < 2 or any(
-            fact["labels"] or fact["deployment_target"] == "iOS17" for fact in facts
-        ):
-            return tuple(artifacts)
         names = [f"size_{height}x{width}" for height, width in (a.image_size for a in artifacts)]
         path = combine({name: a.path for name, a in zip(names, artifacts, strict=True)}, folder)
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         return tuple(
-            replace(artifact, path=path, size_bytes=size, details={**artifact.details, "function": name})
+            replace(
+                artifact,
+                path=path,
+                size_bytes=self._size(path),
+                details={**artifact.details, "function": name},
+            )
             for name, artifact in zip(names, artifacts, strict=True)
         )
+
+
+_SYSTEMS = {"iOS17": "iOS 17, macOS 14", "iOS18": "iOS 18, macOS 15"}
+
+
+def _compressed(facts: Mapping[str, Any]) -> str:
+    """`49 of 50 weights compressed; left float: head; never compressed: pos_embed (feeds add)`."""
+    parts = [f"{facts['compressed_weights']} of {facts['weights']} weights compressed"]
+    if facts["float_weights"]:
+        parts.append(f"left float: {', '.join(facts['float_weights'])}")
+    if facts["float_constants"]:
+        named = (f"{name} (feeds {used})" for name, used in facts["float_constants"].items())
+        parts.append(f"never compressed: {', '.join(named)}")
+    return "; ".join(parts)

@@ -322,7 +322,8 @@ def test_several_sizes_are_one_package(precision: Precision, tmp_path: Path) -> 
         images = CONTRACT.normalize(np.random.default_rng(2).integers(0, 256, (2, *size, 3), dtype=np.uint8))
         with torch.inference_mode():
             references.append((images, traced.graph(torch.from_numpy(images)).numpy()))
-    together = TARGET.combine(artifacts, tmp_path / "all")
+    assert TARGET.shares(artifacts)
+    together = TARGET.share(artifacts, tmp_path / "all")
     assert len({artifact.path for artifact in together}) == 1
     assert Interpreter(together[0].path).function_names == ("size_32x32", "size_48x32")
     assert together[0].size_bytes < 0.8 * sum(artifact.size_bytes for artifact in artifacts)
@@ -334,13 +335,13 @@ def test_several_sizes_are_one_package(precision: Precision, tmp_path: Path) -> 
     assert "vit_export.sha256.weight.bin" in facts
 
 
-def test_sizes_that_cannot_share_stay_apart(built: Any, tmp_path: Path) -> None:
-    """Classifiers, iOS 17 and a single size are given back as they are: Core ML has no such package."""
+def test_sizes_that_cannot_share_stay_apart(built: Any) -> None:
+    """Classifiers, iOS 17 and a single size keep their own: Core ML has no such package."""
     for artifact in (built(FP16, labels=LABELS), built(INT8, coreml_target="iOS17")):
         other = replace(artifact, image_size=(64, 64))
-        assert TARGET.combine([artifact, other], tmp_path / "all") == (artifact, other)
-        assert TARGET.combine([artifact], tmp_path / "all") == (artifact,)
-    assert not (tmp_path / "all").exists()
+        assert not TARGET.shares([artifact, other])
+    assert not TARGET.shares([built(FP16)])
+    assert TARGET.shares([built(FP16), built(FP16)])
 
 
 def test_wrong_options_are_usage_errors(tmp_path: Path) -> None:

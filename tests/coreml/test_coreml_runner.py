@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import coremltools as ct
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,10 +24,11 @@ from contracts.runner import RunnerContract
 from contracts.tiny import SIZE, TinyVit
 from vit_export.artifacts import EvalSet, Images, Logits, Preprocessing, Runnable, Size
 from vit_export.errors import InputError, RunnerError, UntrustedInput
+from vit_export.runtime import coreml_units
 from vit_export.runtime.accuracy import compare
 from vit_export.runtime.coreml_device import AppleModel, placement
 from vit_export.runtime.coreml_runner import PREPROCESSING_KEY, REFERENCE, latency_reason
-from vit_export.runtime.coreml_units import COMPUTE_UNITS, by_compute_unit
+from vit_export.runtime.coreml_units import COMPUTE_UNITS
 from vit_export.runtime.mil_program import DIGEST_KEY, Package
 from vit_export.runtime.runner import open_runner
 
@@ -230,11 +232,12 @@ class TestAppleRunner(CoreMLContract):
         data = EvalSet(tmp_path / "pixels.npy", CONTRACT, len(pixels))
         expected = logits(CONTRACT.normalize(pixels))
         runnable = Runnable("coreml", folder / "one.mlpackage", 1, {"backend": "apple"})
-        rows = by_compute_unit(
-            runnable, data, tmp_path, lambda outputs: compare(expected, outputs),
-            units=("CPU_AND_GPU", "CPU_AND_NE"), timeout=120,
-        )  # fmt: skip
-        broken, row = rows
+        monkeypatch.setattr(coreml_units, "COMPUTE_UNITS", ("CPU_AND_GPU", "CPU_AND_NE"))
+        details, notes = coreml_units.profile(
+            runnable, data, tmp_path, lambda outputs: compare(expected, outputs), 120
+        )
+        broken, row = msgspec.convert(details["compute_units"], tuple[coreml_units.UnitResult, ...])
+        assert "SIGABRT" in notes[0] and "planned cost" in notes[1]
         assert (broken.compute_units, broken.latency, broken.accuracy) == ("CPU_AND_GPU", None, None)
         assert "SIGABRT" in broken.reason
         assert (row.compute_units, row.reason) == ("CPU_AND_NE", "")
@@ -243,6 +246,16 @@ class TestAppleRunner(CoreMLContract):
         assert row.placement is not None and row.placement.compute_units == "CPU_AND_NE"
         calls = apple.read_text().splitlines()
         assert sum(line.startswith("predict") for line in calls) >= 3 + 10 + 50
+
+
+def test_the_interpreter_has_no_compute_units(folder: Path, tmp_path: Path) -> None:
+    """Where Apple's runtime is not, there is nothing to profile, and nothing is claimed."""
+    data = EvalSet(tmp_path / "none.npy", CONTRACT, 1)
+    runnable = Runnable("coreml", folder / "one.mlpackage", 1, {"backend": "reference"})
+    assert coreml_units.profile(runnable, data, tmp_path, lambda outputs: compare(outputs, outputs), 1) == (
+        {},
+        (),
+    )
 
 
 def test_stand_ins_have_the_real_signatures() -> None:
