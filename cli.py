@@ -38,7 +38,7 @@ Path_ = Annotated[Path, typer.Argument(help="report.json, or the folder that hol
 def _config(context: typer.Context, path: Path | None) -> Path | None:
     """Read --config before the other options: its values become their defaults."""
     if path is not None:
-        import tomllib
+        from vit_export.python310 import tomllib
 
         try:
             values = tomllib.loads(path.read_text("utf-8"))

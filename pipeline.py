@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from vit_export.artifacts import EvalSet, LoadedModel, Logits, Precision, Runnable
@@ -143,7 +143,7 @@ def _report(
     notes = (*model.notes, f"output: {model.output}", *sources.notes)
     notes += tuple(n for o in outcomes for n in (*o.notes, *o.program.notes, *o.doubts))
     return Report(
-        created=datetime.now(UTC),
+        created=datetime.now(timezone.utc),
         command=command,
         environment=environment(job.threads),
         model=ModelInfo(

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -17,6 +17,9 @@ from PIL import Image
 from vit_export.artifacts import Labels
 from vit_export.calibration.images import MAX_PIXELS, BadImage, ImageSource
 from vit_export.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError)
 

@@ -18,6 +18,7 @@ from typing import Any
 from vit_export import __version__
 from vit_export.artifacts import BuildRequest, Preprocessing, Program
 from vit_export.export.coreml_options import CoreMLOptions
+from vit_export.python310 import sha256_of
 
 PREFIX = "vit_export."
 DIGEST_KEY = f"{PREFIX}sha256."  # + name of a weight file; runtime/mil_program.py checks it
@@ -82,7 +83,7 @@ def finish(package: Path, fill: Callable[[Any], None], user_defined: Mapping[str
     stored.update(user_defined)
     stored.pop(_DATE, None)
     for weights in sorted((package / _MODEL).parent.glob("weights/*")):
-        stored[DIGEST_KEY + weights.name] = _file_digest(weights)
+        stored[DIGEST_KEY + weights.name] = sha256_of(weights)
     (package / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     _settle_manifest(package / "Manifest.json")
     return spec
@@ -112,8 +113,3 @@ def _source_digest(program: Program) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

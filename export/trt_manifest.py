@@ -12,7 +12,6 @@ Schema vit-export.tensorrt/1:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import msgspec
 from vit_export.artifacts import Size
 from vit_export.errors import InputError, UntrustedInput
 from vit_export.export.trt_options import TensorRtOptions
+from vit_export.python310 import sha256_of
 
 SCHEMA = "vit-export.tensorrt/1"
 
@@ -82,7 +82,7 @@ class EngineBuild:
         return {
             "schema": SCHEMA,
             "graph": self.graph.name,
-            "graph_sha256": sha256(self.graph),
+            "graph_sha256": sha256_of(self.graph),
             "input": asdict(self.input),
             "options": asdict(self.options),
             "engine": self.engine.name if self.engine else None,
@@ -138,12 +138,6 @@ def read_request(manifest: Path) -> StoredBuild:
     graph = manifest.parent / stored.graph
     if graph.name != stored.graph:
         raise UntrustedInput(f"{manifest} names a graph outside its folder: {stored.graph}")
-    if not graph.is_file() or sha256(graph) != stored.graph_sha256:
+    if not graph.is_file() or sha256_of(graph) != stored.graph_sha256:
         raise InputError(f"{graph} is not the graph {manifest.name} was written for", "copy the folder again")
     return StoredBuild(graph, stored.input, stored.options, stored.int8_layers)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file (external weights are not part of it)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

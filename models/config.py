@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from vit_export.artifacts import Interpolation
+from vit_export.python310 import StrEnum
 
 
 class PosEmbedMode(StrEnum):

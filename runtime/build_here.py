@@ -18,6 +18,7 @@ import msgspec
 
 from vit_export import errors
 from vit_export.errors import RunnerError, TargetError, VitExportError, WorkerCrash, WorkerTimeout
+from vit_export.python310 import module_command
 
 # Runner → (module:function from a manifest to a build, suffix of that manifest beside the artifact).
 BUILDERS: Mapping[str, tuple[str, str]] = {
@@ -43,7 +44,7 @@ def build_here(runner: str, artifact: Path, *, timeout: float) -> Path:
     if runner not in BUILDERS:
         return artifact
     manifest = artifact.with_suffix(BUILDERS[runner][1])
-    command = [sys.executable, "-P", "-m", __name__, runner, str(manifest)]
+    command = module_command("vit_export.runtime.build_here", runner, str(manifest))
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=timeout, check=False

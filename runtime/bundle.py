@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from vit_export.artifacts import EvalSet, Logits, Precision, Runnable
 from vit_export.errors import UsageError
+from vit_export.python310 import sha256_of
 from vit_export.runtime import bundle_manifest
 from vit_export.runtime.bundle_manifest import (
     Manifest,
@@ -32,7 +33,7 @@ from vit_export.runtime.bundle_manifest import (
     StoredImages,
     StoredSize,
 )
-from vit_export.runtime.files import atomic_directory, sha256_file
+from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.report_schema import Baseline, EvalData, Report, Result
 
 GOLDEN_IMAGES = 16
@@ -199,7 +200,7 @@ def _evaluation(report: Report, size: StoredSize, folder: Path) -> EvalData | No
     if data is None:
         return None
     whole = size.evaluation.images == data.images
-    digest = data.sha256 if whole else sha256_file(folder / size.evaluation.pixels)
+    digest = data.sha256 if whole else sha256_of(folder / size.evaluation.pixels)
     return EvalData(
         path=Path(data.path).name,
         images=size.evaluation.images,
@@ -238,7 +239,7 @@ def _files(folder: Path) -> Iterator[StoredFile]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         bundle_manifest.check_name(name, "the output folder")
-        yield StoredFile(path=name, bytes=path.stat().st_size, sha256=sha256_file(path))
+        yield StoredFile(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def _varying(artifact: StoredArtifact, folder: Path) -> Iterator[str]:

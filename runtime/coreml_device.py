@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from vit_export.errors import RunnerError
+from vit_export.python310 import module_command
 from vit_export.runtime.mil_program import Package, import_coremltools
 
 _DEVICES = {  # class of coremltools.models.compute_device: name in reports
@@ -88,7 +89,7 @@ def placement(
 
     Raises RunnerError with the last words of that process if it fails, or when it takes too long.
     """
-    command = [sys.executable, "-P", "-m", __name__, str(package), compute_units, function or ""]
+    command = module_command("vit_export.runtime.coreml_device", str(package), compute_units, function or "")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:

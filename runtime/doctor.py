@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes.util
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vit_export.python310 import code_command
 from vit_export.runtime.environment import installed
 from vit_export.runtime.known_bad import problems
 
@@ -128,8 +128,9 @@ def _probe(sdks: Iterable[Sdk]) -> dict[Sdk, str]:
 
 
 def _start(sdk: Sdk) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-c", f"import {sdk.module}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        code_command(f"import {sdk.module}"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

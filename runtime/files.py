@@ -6,7 +6,6 @@ disk never meets half a report. Everything the runtime package writes goes throu
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -15,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vit_export.errors import UsageError
-
-_CHUNK = 1 << 20
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -59,15 +56,6 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         _swap(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces so that memory does not grow with its size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def size_bytes(path: Path) -> int:

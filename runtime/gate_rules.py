@@ -13,13 +13,13 @@ required = true                  # false: a report without the value is not an e
 
 from __future__ import annotations
 
-import tomllib
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
 
 from vit_export.errors import InputError
+from vit_export.python310 import tomllib
 from vit_export.runtime.gate_metrics import METRICS
 from vit_export.runtime.report_schema import Result
 

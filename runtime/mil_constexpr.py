@@ -46,7 +46,8 @@ def lut_to_dense(
         flat = unpack(indices, f"UINT{bits}", int(np.prod(shape, dtype=np.int64)))
         return np.asarray(lut[flat].reshape(tuple(shape)))
     blocks = np.ix_(*(np.arange(n) * b // n for n, b in zip(indices.shape, lut.shape[:-2], strict=True)))
-    entries = lut[(*blocks, indices)]  # [*indices.shape, vector]
+    place = (*blocks, indices)
+    entries = lut[place]  # [*indices.shape, vector]
     if vector_axis is None or lut.shape[-1] == 1:
         return np.asarray(entries[..., 0])
     axis = int(vector_axis) % indices.ndim

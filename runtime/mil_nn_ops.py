@@ -19,7 +19,7 @@ from vit_export.runtime.mil_weights import Array
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x [..., K] by weight [N, K], plus bias [N]."""
-    rows = x.reshape(-1, x.shape[-1]) @ weight.T
+    rows: Array = x.reshape(-1, x.shape[-1]) @ weight.T
     if bias is not None:
         rows += bias
     return rows.reshape(*x.shape[:-1], weight.shape[0])

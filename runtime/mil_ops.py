@@ -35,7 +35,8 @@ def erf(x: Array) -> Array:
     values, slopes = _erf_table()
     position = np.minimum(np.abs(x) * np.float32(_ERF_STEPS), np.float32(_ERF_END * _ERF_STEPS))
     index = position.astype(np.int32)
-    return np.copysign(values[index] + slopes[index] * (position - index), x)
+    found: Array = np.copysign(values[index] + slopes[index] * (position - index), x)
+    return found
 
 
 def sigmoid(x: Array) -> Array:

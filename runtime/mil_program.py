@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from vit_export.errors import InputError, MissingExtra, UnsupportedOperator, UntrustedInput
-from vit_export.runtime.mil_weights import Array, WeightFile, element_type, file_digest, unpack
+from vit_export.python310 import sha256_of
+from vit_export.runtime.mil_weights import Array, WeightFile, element_type, unpack
 
 DIGEST_KEY = "vit_export.sha256."  # + name of a weight file: an entry of the user-defined metadata
 _SCHEMA = "vit_export_coreml_schema"
@@ -137,7 +138,7 @@ class Package:
             if not key.startswith(DIGEST_KEY):
                 continue
             file = self._model_file.parent / "weights" / Path(key.removeprefix(DIGEST_KEY)).name
-            if not file.is_file() or file_digest(file) != expected:
+            if not file.is_file() or sha256_of(file) != expected:
                 raise InputError(
                     f"{file} is not the weight file that was exported (its SHA-256 differs)",
                     "the package is damaged or was changed; export or copy it again",

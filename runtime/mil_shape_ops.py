@@ -118,7 +118,7 @@ def scatter(
     """data with its slices at `indices` along `axis` replaced by, or (default) increased by, `updates`."""
     if mode not in ("add", "update"):
         raise UnsupportedOperator(f"the Core ML reference interpreter has no scatter that does {mode}")
-    result = data.copy()
+    result: Array = data.copy()
     place = int(axis) % data.ndim
     slices = np.moveaxis(result, place, 0)  # a view: writing to it writes to result
     new = np.moveaxis(updates, range(place, place + np.ndim(indices)), range(np.ndim(indices)))

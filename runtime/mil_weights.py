@@ -9,7 +9,6 @@ that the exporter left in the package's metadata.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Sequence
@@ -59,12 +58,6 @@ ELEMENT_TYPES = {  # keys are the names of MIL.proto's DataType
     "UINT4": ElementType(np.uint8, 4, 11),
     "UINT6": ElementType(np.uint8, 6, 13),
 }
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def element_type(name: str) -> ElementType:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -22,6 +22,9 @@ from msgspec import Meta
 
 from vit_export.artifacts import Accuracy, Latency, Precision, Preprocessing, Size
 from vit_export.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCHEMA: Literal["vit-export.report/1"] = "vit-export.report/1"
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")

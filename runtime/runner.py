@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,6 +25,9 @@ import numpy.typing as npt
 
 from vit_export.artifacts import Images, Logits, Runnable, Size
 from vit_export.errors import InputError, MissingExtra, RunnerError, UsageError, VitExportError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RUNNERS: Mapping[str, str] = {
     "pytorch": "vit_export.runtime.torch_runner:TorchRunner",

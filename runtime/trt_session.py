@@ -15,13 +15,16 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vit_export.artifacts import Images, Logits, Size
 from vit_export.errors import RunnerError
 from vit_export.runtime.trt_cuda import Copy, Cuda, CudaError, Handle, host_view
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Shape = tuple[int, ...]
 _FLOAT_BYTES = 4
@@ -215,7 +218,8 @@ class TensorRTSession:
     def _collect(self, batch: int) -> Logits:
         """Wait, then copy out of the pinned buffer, which the next call overwrites."""
         self._cuda.synchronize(self._stream)
-        return host_view(self._host_out, (batch, self._output_shape[1])).copy()
+        logits: Logits = host_view(self._host_out, (batch, self._output_shape[1])).copy()
+        return logits
 
     def _capture(self) -> None:
         """Run once plainly, then record the same work; on refusal go on without graphs and say why."""

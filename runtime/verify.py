@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import msgspec
@@ -107,7 +107,7 @@ def _report(
     baselines = [size.baseline() for size in sizes]
     made = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return Report(
-        created=datetime.now(UTC),
+        created=datetime.now(timezone.utc),
         command=command,
         environment=environment(job.threads),
         model=msgspec.structs.replace(

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,8 +28,12 @@ import numpy.typing as npt
 from vit_export import errors
 from vit_export.artifacts import EvalSet, Logits, Runnable
 from vit_export.errors import MissingExtra, RunnerError, VitExportError, WorkerCrash, WorkerTimeout
+from vit_export.python310 import module_command
 from vit_export.runtime import protocol
 from vit_export.runtime.environment import physical_cores
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _LAST_LINES = 20
@@ -60,8 +64,7 @@ class Worker:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            # -P: the working directory must not shadow modules of the runtime's.
-            [sys.executable, "-P", "-m", "vit_export.runtime.worker"],
+            module_command("vit_export.runtime.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

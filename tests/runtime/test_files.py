@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vit_export.errors import UsageError
-from vit_export.runtime.files import atomic_directory, sha256_file, size_bytes, write_atomic
+from vit_export.python310 import sha256_of
+from vit_export.runtime.files import atomic_directory, size_bytes, write_atomic
 
 
 def test_write_makes_folders_and_leaves_no_other_file(tmp_path: Path):
@@ -73,6 +74,6 @@ def test_hash_and_size(tmp_path: Path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a").write_bytes(data)
     (tmp_path / "b").write_bytes(b"12345")
-    assert sha256_file(tmp_path / "sub" / "a") == hashlib.sha256(data).hexdigest()
+    assert sha256_of(tmp_path / "sub" / "a") == hashlib.sha256(data).hexdigest()
     assert size_bytes(tmp_path / "b") == 5
     assert size_bytes(tmp_path) == len(data) + 5
