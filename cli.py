@@ -147,6 +147,12 @@ def export(
     trt_optimization_level: Annotated[int | None, typer.Option(min=0, max=5)] = None,
     trt_compatibility: Annotated[str | None, typer.Option(help="none, ampere+ or same")] = None,
     trt_dla_core: Annotated[int | None, typer.Option(min=0)] = None,
+    trt_version_compatible: Annotated[
+        bool | None, typer.Option("--trt-version-compatible", help="later TensorRT versions may run it too")
+    ] = None,
+    trt_compute_capabilities: Annotated[
+        str | None, typer.Option(help="GPUs TensorRT-RTX builds for, as 8.6,8.9; default: all it knows")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="traceback with errors")] = False,
     json: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ METHODS = ("minmax", "percentile", "mse", "entropy")
 TARGET_OPTIONS = (
     "coreml_target", "coreml_input", "coreml_activations", "palettize", "labels", "author", "license",
     "int8_attention", "trt_flavor", "trt_workspace_mib", "trt_optimization_level", "trt_compatibility",
-    "trt_dla_core",
+    "trt_dla_core", "trt_version_compatible",
 )  # fmt: skip
 
 
@@ -32,6 +33,8 @@ def export_job(options: Mapping[str, Any]) -> ExportJob:
     extra = {name: options[name] for name in TARGET_OPTIONS if options[name] is not None}
     if profile is not None:
         extra["trt_batches"] = profile
+    if options["trt_compute_capabilities"]:
+        extra["trt_compute_capabilities"] = capabilities(options["trt_compute_capabilities"])
     return ExportJob(
         model=options["model"],
         load=load_options(options),
@@ -108,6 +111,16 @@ def batch(text: str | None) -> tuple[int | None, tuple[int, int, int] | None]:
     if len(numbers) == 1:
         return numbers[0], None
     return None, (numbers[0], numbers[1], numbers[2])
+
+
+def capabilities(text: str) -> tuple[str, ...]:
+    """`8.6,8.9` as compute capabilities."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(re.fullmatch(r"\d+\.\d", part) for part in found):
+        raise UsageError(
+            f"--trt-compute-capabilities {text} names no GPUs", "as NVIDIA numbers them: 8.6,8.9,12.0"
+        )
+    return found
 
 
 def targets(names: list[str] | None) -> tuple[str, ...]:

@@ -67,12 +67,3 @@ def choices(value: str, allowed: object, option: str) -> None:
     names = get_args(allowed)
     if value not in names:
         raise UsageError(f"{option} {value} is unknown", f"one of {', '.join(names)}")
-
-
-def parse_batches(text: str) -> tuple[int, int, int]:
-    """`8` → (8, 8, 8), `1,8` → (1, 8, 8), `1,8,32` → (1, 8, 32). Raises UsageError otherwise."""
-    parts = text.split(",")
-    if not 1 <= len(parts) <= 3 or not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(f"--batch-size {text} is not a batch", "give N, or min,opt,max such as 1,8,32")
-    numbers = [int(part) for part in parts]
-    return numbers[0], numbers[min(1, len(numbers) - 1)], numbers[-1]

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from contracts.trt_graphs import SIZE, linear_logits, save_linear
+from vit_export import cli_options
 from vit_export.artifacts import Runnable
 from vit_export.errors import InputError, MissingExtra, TargetError, UntrustedInput, UsageError
 from vit_export.export import trt_sdk
 from vit_export.export.trt_build import build_engine, rebuild
 from vit_export.export.trt_manifest import EngineBuild, GraphInput
-from vit_export.export.trt_options import DEFAULT_CAPABILITIES, TensorRtOptions, parse_batches
+from vit_export.export.trt_options import DEFAULT_CAPABILITIES, TensorRtOptions
 from vit_export.runtime.runner import open_runner
 
 RTX = TensorRtOptions(flavor="rtx", batches=(1, 4, 8))
@@ -303,18 +304,24 @@ class TestOptions:
     """What can be asked."""
 
     @pytest.mark.parametrize(
-        ("text", "batches"),
-        [("8", (8, 8, 8)), ("1,8", (1, 8, 8)), ("1,8,32", (1, 8, 32)), (" 2 , 4 ", (2, 4, 4))],
+        ("text", "expected"),
+        [("8", (8, None)), ("1,8,32", (None, (1, 8, 32)))],
     )
-    def test_batches(self, text, batches):
-        """N, or min,max, or min,opt,max."""
-        assert parse_batches(text) == batches
+    def test_batches(self, text, expected):
+        """--batch-size N fixes the graph's batch; MIN,OPT,MAX is the profile of a dynamic one."""
+        assert cli_options.batch(text) == expected
 
-    @pytest.mark.parametrize("text", ["", "a", "1,2,3,4", "-1", "1.5", "1,,2"])
+    @pytest.mark.parametrize("text", ["", "a", "1,2", "1,2,3,4", "-1", "1.5", "1,,2"])
     def test_no_batches(self, text):
         """Anything else is a usage error that shows the form."""
-        with pytest.raises(UsageError, match="batch"):
-            parse_batches(text)
+        with pytest.raises(UsageError, match="MIN,OPT,MAX"):
+            cli_options.batch(text)
+
+    def test_chips(self):
+        """--trt-compute-capabilities lists GPUs as NVIDIA numbers them; anything else is a usage error."""
+        assert cli_options.capabilities("8.6, 12.0") == ("8.6", "12.0")
+        with pytest.raises(UsageError, match="sm_86"):
+            cli_options.capabilities("sm_86")
 
     @pytest.mark.parametrize(
         "wrong",

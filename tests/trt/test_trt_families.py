@@ -15,9 +15,11 @@ import pytest
 
 from contracts.trt_models import FAMILIES, noise, outputs, program, quantized
 from vit_export.artifacts import BuildRequest, BuiltArtifact, Precision, Preprocessing, Program
-from vit_export.errors import UsageError
+from vit_export.errors import TargetError, UsageError
+from vit_export.export import onnx_graph
 from vit_export.export.peaks import run_graph
 from vit_export.export.targets.tensorrt_engine import TensorRtTarget
+from vit_export.export.trt_build import rebuild
 from vit_export.runtime.runner import open_runner
 
 # The builder computes convolution scales in float32 whatever it is given, and says so.
@@ -79,6 +81,18 @@ def test_fp16(tmp_path):
 def test_fixed_batch(tmp_path):
     """A graph of batch 2 builds without a profile."""
     check(tmp_path, "deit", Precision.INT8, 64, 2)
+
+
+def test_weights_beside_the_graph(tmp_path, monkeypatch):
+    """What is too large for one protobuf has its weights in a file of their own, which the parser reads."""
+    monkeypatch.setattr(onnx_graph, "_EXTERNAL_ABOVE", 1000)
+    artifact = build(tmp_path, "deit", Precision.FP16, 64, 2)
+    judge(artifact, "deit", 2)
+    weights = (tmp_path / "model.onnx.data").stat().st_size
+    assert weights > 10 * (tmp_path / "model.onnx").stat().st_size / 2
+    (tmp_path / "model.onnx.data").write_bytes(b"")
+    with pytest.raises(TargetError):
+        rebuild(tmp_path / "model.trt.json", "rtx")
 
 
 @pytest.mark.slow
