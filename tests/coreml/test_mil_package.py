@@ -14,9 +14,9 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.proto import Model_pb2
 
 from vit_export.errors import InputError, UntrustedInput
+from vit_export.python310 import sha256_of
 from vit_export.runtime.coreml_interpreter import Interpreter
 from vit_export.runtime.mil_program import DIGEST_KEY, Package
-from vit_export.runtime.mil_weights import file_digest
 
 WEIGHT = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
 RECORD = 64  # the first tensor's record follows the header
@@ -59,7 +59,7 @@ def edit(package: Path, change: Any) -> None:
 
 def seal(package: Path) -> None:
     """Leave the digest of the weights in the metadata, as the exporter does."""
-    digest = file_digest(weights(package))
+    digest = sha256_of(weights(package))
     edit(package, lambda m: m.description.metadata.userDefined.update({DIGEST_KEY + "weight.bin": digest}))
 
 
