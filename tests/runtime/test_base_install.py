@@ -30,6 +30,7 @@ NEEDS_TORCH = {
     "vit_export.pipeline",
     "vit_export.one_size",
     "vit_export.build_size",
+    "vit_export.several_sizes",
     "vit_export.calibration.collect",
 }
 
