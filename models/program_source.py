@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import json
-import pickle
-import warnings
-import zipfile
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -15,12 +11,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vit_export.artifacts import LoadedModel, Size
-from vit_export.errors import InputError, UntrustedInput
+from vit_export.errors import InputError
 from vit_export.models.config import LoadOptions
 from vit_export.models.finish import assumed, finish
+from vit_export.models.program_check import checked_archive
 
-# Files of an archive whose content is Python objects, to be run by unpickling.
-_OBJECTS = ("custom_obj_", "opaque_obj_")
 _TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.batch_norm.default)
 
 
@@ -28,17 +23,14 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
     """The program as a module with its parameters under their own names.
 
     Raises InputError for a broken file or a program that does not take one float32 [batch, 3, H, W],
-    UntrustedInput when the archive holds pickled objects besides tensors.
+    UntrustedInput when the archive holds anything that reading or running it would execute.
     """
     path = Path(name)
     if options.checkpoint or options.num_classes is not None:
         raise InputError(
             f"{name} brings its own weights and classes", "leave out --checkpoint, --num-classes"
         )
-    program = _read(path)
-    size, batch = _input(program, path)
-    module = program.module(check_guards=False)
-    _set_eval(module, path)
+    module, size, batch = _read(path)
     preprocessing, said = assumed(options)
     fixed = () if batch is None else (f"the program takes batches of {batch} only",)
     return finish(
@@ -52,47 +44,24 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
     )
 
 
-def _read(path: Path) -> ExportedProgram:
+def _read(path: Path) -> tuple[nn.Module, Size, int | None]:
+    """The program's module, and the size and batch it takes."""
     if not path.is_file():
         raise InputError(f"no file at {path}")
     try:
-        _refuse_pickles(path)
-        return torch.export.load(path)
-    except UntrustedInput:
+        with TemporaryFile() as clean:
+            checked_archive(path, clean)
+            clean.seek(0)
+            program = torch.export.load(clean)
+        size, batch = _input(program, path)
+        module = program.module(check_guards=False)
+        _set_eval(module, path)
+        return module, size, batch
+    except InputError:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is no program of torch.export.save: {reason}") from error
-
-
-def _refuse_pickles(path: Path) -> None:
-    """torch.export.load falls back to unpickling anything; look before it does."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            last = name.rsplit("/", 1)[-1]
-            objects = last.startswith(_OBJECTS)
-            if last.endswith("_config.json"):
-                entries = json.loads(archive.read(name)).get("config", {}).values()
-                objects = any(entry.get("use_pickle") for entry in entries)
-            elif last.endswith(".pt"):
-                objects = not _only_tensors(archive.read(name))
-            if objects:
-                raise UntrustedInput(
-                    f"{path} holds pickled objects ({last}) that would be executed when read",
-                    "save the program again with plain tensors as weights and example inputs",
-                )
-
-
-def _only_tensors(content: bytes) -> bool:
-    if not content:
-        return True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
-            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return False
-    return True
 
 
 def _input(program: ExportedProgram, path: Path) -> tuple[Size, int | None]:

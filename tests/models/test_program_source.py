@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,77 @@ def test_programs_with_pickles_are_refused_without_running_them(program: Path, t
         with pytest.raises(UntrustedInput, match="holds pickled objects"):
             load(repacked(program, tmp_path / f"{number}.pt2", change))
     assert not trace.exists()
+
+
+def _replaced(old: str, new: str) -> Any:
+    """Change of a JSON member that puts a text in the place of another, wherever it is."""
+    quoted = json.dumps(new)[1:-1].encode()
+
+    def change(content: bytes) -> bytes:
+        assert json.dumps(old)[1:-1].encode() in content
+        return content.replace(json.dumps(old)[1:-1].encode(), quoted)
+
+    return {"models/model.json": change}
+
+
+def _import_spec(trace: Path) -> Any:
+    """A tree spec whose context imports a module that would create `trace`."""
+
+    def change(content: bytes) -> bytes:
+        model = json.loads(content)
+        entry = next(e for e in model["graph_module"]["module_call_graph"] if e["signature"])
+        context = json.dumps({"__enum__": True, "fqn": "evil_module:X", "name": "Y"})
+        spec = [1, {"type": "builtins.dict", "context": context, "children_spec": []}]
+        entry["signature"]["in_spec"] = json.dumps(spec)
+        return json.dumps(model).encode()
+
+    return {"models/model.json": change}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_code_in_other_places_is_refused_without_running_it(program: Path, tmp_path: Path) -> None:
+    """Operators, expressions, tree specs, libraries, names and huge shapes: refused, and nothing has run.
+
+    torch.export.load itself evaluates the second, imports the third, loads the fourth, and would run
+    the first when the module runs.
+    """
+    trace = tmp_path / "ran"
+    touch = f"__import__('pathlib').Path({str(trace)!r}).touch()"
+    first = json.loads(_member(program, "models/model.json"))["graph_module"]["graph"]["nodes"][0]["target"]
+    weights = json.loads(_member(program, "model_weights_config.json"))["config"]
+    name = next(iter(weights))
+    evil: list[tuple[dict[str, Any], str]] = [
+        (_replaced(first, "torch.os.system"), "calls torch.os.system"),
+        (_replaced(first, "torch.ops.aten.from_file.default"), "calls torch.ops.aten.from_file"),
+        (_replaced(first, "torch.ops.aten.__init__"), "calls torch.ops"),
+        (_replaced("Symbol('", touch + "+Symbol('"), "no arithmetic"),
+        (_replaced("Symbol('", "Pow(Integer(9), Integer(9999999999))+Symbol('"), "no arithmetic"),
+        (_import_spec(trace), "imports modules"),
+        ({"+/data/aotinductor/model/model.so": lambda _: b"ELF"}, "compiled code"),
+        (_replaced(name, f"a\"), {touch}, (\""), "a name that is none"),
+        (_huge(name), "more than its file holds"),
+        ({"+/models/model.json": lambda _: b"{}"}, "twice"),
+    ]  # fmt: skip
+    for number, (change, words) in enumerate(evil):
+        with pytest.raises(UntrustedInput, match=re.escape(words)):
+            load(repacked(program, tmp_path / f"{number}.pt2", change))
+    assert not trace.exists()
+
+
+def _member(program: Path, end: str) -> bytes:
+    with zipfile.ZipFile(program) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith(end)))
+
+
+def _huge(name: str) -> dict[str, Any]:
+    """A weight that claims 2^40 elements."""
+
+    def change(content: bytes) -> bytes:
+        config = json.loads(content)
+        config["config"][name]["tensor_meta"]["sizes"] = [{"as_int": 1 << 20}, {"as_int": 1 << 20}]
+        return json.dumps(config).encode()
+
+    return {"model_weights_config.json": change}
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x05\x06" + b"\x00" * 18])
