@@ -23,6 +23,7 @@ from vit_export.build_size import Calibrated, Samples, SizeBuilder, calibrated
 from vit_export.calibration.checks import inspect
 from vit_export.calibration.preprocess import batches, write_pixels
 from vit_export.errors import ParityError, VitExportError
+from vit_export.export.half_range import half_overflows, overflow_words
 from vit_export.export.program import PARITY, save_baseline, trace
 from vit_export.export.quantize import quantize
 from vit_export.export.target import Target
@@ -36,6 +37,7 @@ from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageLoss
 from vit_export.runtime.verdict import judged
 
+_HALF_IMAGES = 8  # images on which an overflow of float16 is looked for
 _BLAME_IMAGES = 32  # images on which losses are split by stage
 _BASELINE = "pytorch"
 
@@ -86,6 +88,7 @@ class OneSize:
         calibration = self._calibrate(program)
         calib, plan = (calibration.images, calibration.plan) if calibration else (None, None)
         doubts = inspect(calib, evaluation if self.sources.evaluation else None) if calib else ()
+        doubts += self._overflows(program, calib or evaluation)
         baseline = self._baseline_runnable(program)
         reference = self._predict(_BASELINE, baseline, evaluation, program)
         samples = self._samples(calibration, evaluation)
@@ -137,6 +140,15 @@ class OneSize:
             return synthetic_pixels(self.model.preprocessing, path, self.job.seed)
         self.notify(f"preprocess {which} images", 0, len(source))
         return write_pixels(source, self.model.preprocessing, path)
+
+    def _overflows(self, program: Program, images: EvalSet) -> tuple[str, ...]:
+        """Where float16 overflows on the first images, if any artifact computes in it."""
+        options = {**self.job.options, "opset": self.job.opset}
+        kinds = {t.profile(p, options).rest for t in self.targets for p in self.job.precisions}
+        if "float16" not in kinds:
+            return ()
+        words = overflow_words(half_overflows(program, next(batches(images, _HALF_IMAGES))))
+        return (words,) if words else ()
 
     def _calibrate(self, program: Program) -> Calibrated | None:
         if Precision.INT8 not in self.job.precisions:

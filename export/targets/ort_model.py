@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vit_export.artifacts import BuildRequest, BuiltArtifact, Precision, Program, Runnable, TargetProfile
+from vit_export.artifacts import (
+    BuildRequest,
+    BuiltArtifact,
+    Images,
+    Precision,
+    Program,
+    Runnable,
+    TargetProfile,
+)
 from vit_export.export.target import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 class OrtTarget(Target):
@@ -31,14 +43,16 @@ class OrtTarget(Target):
 
         profile = self.profile(request.precision, {"opset": request.opset})
         model = to_onnx(program, profile, batch_size=request.batch_size)
+        details: dict[str, Any] = {"opset": model.opset_imports[""]}
         if profile.rest == "float16":
             from vit_export.export.to_float16 import to_float16
 
-            to_float16(model)
+            report = to_float16(model, _overflowing(model, request.samples))
+            details["kept_float32"] = dict(report.kept)
         model.metadata_props.update(request.metadata)
         path = request.folder / "model.onnx"
         save(model, path)
-        details: dict[str, Any] = {"opset": model.opset_imports[""], "nodes": model.graph.num_nodes()}
+        details["nodes"] = model.graph.num_nodes()
         if request.precision is Precision.INT8:
             details |= integer_kernels(path)
         return path, details
@@ -50,3 +64,18 @@ class OrtTarget(Target):
     def lowered(self, artifact: BuiltArtifact, threads: int, work: Path) -> Runnable | None:
         """The file as written, node by node."""
         return Runnable("onnx", artifact.path, threads, {"optimization": "none"})
+
+
+def _overflowing(model: ir.Model, samples: Images | None) -> Mapping[str, float] | None:
+    """max |x| by tensor where float16 would overflow on the samples, so that these nodes stay float32.
+
+    None where it would not, or cannot be known for want of samples or of ONNX Runtime: then only the
+    normalisations stay float32.
+    """
+    if samples is None or find_spec("onnxruntime") is None:
+        return None
+    from vit_export.export.float16_rewrite import HALF_MAX
+    from vit_export.export.peaks import batches, measure_peaks
+
+    peaks = measure_peaks(model, batches(model, samples))
+    return peaks if max(peaks.values(), default=0.0) > HALF_MAX else None
