@@ -35,6 +35,7 @@ def gate(
     """
     from vit_export.runtime import gate as gates
     from vit_export.runtime import gate_annotations, report_files, report_junit
+    from vit_export.runtime.console import make_console, print_gate
     from vit_export.runtime.files import write_atomic
     from vit_export.runtime.gate_rules import read_rules
 
@@ -43,13 +44,12 @@ def gate(
         report_files.read(baseline) if baseline else None,
         read_rules(rules) if rules else None,
     )
-    text = gates.markdown(outcome)
-    typer.echo(text)
+    print_gate(outcome, make_console())
     if annotations if annotations is not None else os.environ.get("GITHUB_ACTIONS") == "true":
         for line in gate_annotations.github(outcome):
             typer.echo(line)
     if summary is not None:
-        _append(summary, text)
+        _append(summary, gates.markdown(outcome))
     if junit is not None:
         write_atomic(junit, report_junit.render(outcome.report))
     if code_quality is not None:

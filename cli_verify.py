@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="bundle/ or bundle.zip that an export wrote")],
+    bundle: Annotated[Path, typer.Argument(help="bundle/ or bundle.zip that an export wrote, or its output")],
     target: Annotated[
         list[str] | None, typer.Option(help="only these of the bundle's targets; repeat for several")
     ] = None,
@@ -33,7 +33,9 @@ def verify(
     host: Annotated[
         list[str] | None, typer.Option(help="ssh://[USER@]HOST[:PORT] to verify on; repeat for several")
     ] = None,
-    python: Annotated[str, typer.Option(help="interpreter on the hosts that has vit-export")] = "python3",
+    python: Annotated[
+        str, typer.Option(help="interpreter on the hosts that has vit-export; quote a ~")
+    ] = "python3",
     keep: Annotated[bool, typer.Option("--keep", help="leave the copied bundle on the hosts")] = False,
     ssh_config: Annotated[
         Path | None, typer.Option(help="OpenSSH configuration instead of ~/.ssh/config", exists=True)
@@ -66,7 +68,7 @@ def verify(
 
 def _here(path: Path, job: VerifyJob, output: Path, console: Console, *, quiet: bool, as_json: bool) -> int:
     from vit_export.runtime.bundle_open import open_bundle
-    from vit_export.runtime.console import print_report
+    from vit_export.runtime.console import print_device, print_report
     from vit_export.runtime.verify import exit_code, verify, workspace
     from vit_export.terminal import progress_display
 
@@ -74,10 +76,11 @@ def _here(path: Path, job: VerifyJob, output: Path, console: Console, *, quiet: 
         notify("check hashes", 0, 1)
         report = verify(open_bundle(path, work), job, output, work, _command(), notify)
     print_report(report, console)
+    print_device(report, console)
     console.print(f"\n{output}", style="dim")
     if as_json:
         _print_json(report)
-    return exit_code(report, max_drop=job.max_drop, require_run=job.require_run)
+    return exit_code(report, job)
 
 
 def _on_hosts(
@@ -94,6 +97,7 @@ def _on_hosts(
     from vit_export.runtime.bundle_open import open_bundle
     from vit_export.runtime.remote import host_table, verify_on_hosts
     from vit_export.runtime.remote_ssh import SshOptions, parse_hosts
+    from vit_export.runtime.report_cells import printable, why
     from vit_export.runtime.verify import check_targets, exit_code, workspace
     from vit_export.terminal import progress_display
 
@@ -108,12 +112,19 @@ def _on_hosts(
     codes = []
     for outcome in outcomes:
         if outcome.report is None:
-            typer.echo(f"error: {outcome.host}: {outcome.error}", err=True)
+            typer.echo(f"error: {outcome.host}: {printable(str(outcome.error))}", err=True)
             codes.append(outcome.error.exit_code if outcome.error else 4)
             continue
+        for result in outcome.report.results:
+            if result.status != "ok":
+                console.print(f"{outcome.host}: {result.name}: {why(result)}", soft_wrap=True)
+        if outcome.kept:
+            console.print(
+                f"{outcome.host}: the bundle is kept in {outcome.kept}", style="dim", soft_wrap=True
+            )
         if as_json:
             _print_json(outcome.report)
-        codes.append(exit_code(outcome.report, max_drop=job.max_drop, require_run=job.require_run))
+        codes.append(exit_code(outcome.report, job))
     return max(codes)
 
 

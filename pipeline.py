@@ -40,6 +40,7 @@ from vit_export.runtime.environment import collect as environment
 from vit_export.runtime.inference import predict
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Data, EvalData, ImageData, ModelInfo, PackedIds, Report, Result
+from vit_export.runtime.verdict import exit_code
 from vit_export.several_sizes import shared
 
 __all__ = [
@@ -79,15 +80,6 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
             )  # fmt: skip
         report_files.write(report, job.output)
     return report
-
-
-def exit_code(report: Report, job: ExportJob) -> int:
-    """0 all done; 1 a --max-drop that the user gave is broken; 3 a target failed or was not run."""
-    states = {result.status for result in report.results}
-    if "failed" in states or (job.require_run and "not_run" in states):
-        return 3
-    gates = (gate for result in report.results for gate in result.gates)
-    return 1 if job.max_drop is not None and any(gate.passed is False for gate in gates) else 0
 
 
 def verify(

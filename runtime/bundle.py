@@ -12,6 +12,7 @@ Pixels are uint8 NHWC as the contract in the manifest made them, so a device nor
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import zipfile
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -33,6 +35,7 @@ from vit_export.runtime.bundle_manifest import (
     StoredImages,
     StoredSize,
 )
+from vit_export.runtime.bundle_open import Bundle
 from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.report_schema import Baseline, EvalData, Report, Result
 
@@ -97,6 +100,39 @@ def write_bundle(
     if zipped:
         write_zip(target, output / "bundle.zip")
     return target
+
+
+def subset(bundle: Bundle, chosen: Sequence[StoredArtifact], folder: Path) -> Bundle:
+    """The bundle with these of its artifacts only, made in `folder` out of links to its files.
+
+    With all of them it is the bundle itself. Images of sizes that no chosen artifact has stay behind.
+    """
+    old = bundle.manifest
+    if tuple(chosen) == old.artifacts:
+        return bundle
+    sizes = tuple(s for s in old.sizes if any(a.image_size == s.image_size for a in chosen))
+    places = {Path(artifact.path).parent.as_posix() for artifact in chosen}
+    places |= {Path(i.pixels).parent.as_posix() for s in sizes for i in (s.golden, s.evaluation)}
+    kept = tuple(f for f in old.files if f.path in old.plans or any(map(places.__contains__, _above(f.path))))
+    names = {file.path for file in kept}
+    manifest = msgspec.structs.replace(
+        old,
+        sizes=sizes,
+        artifacts=tuple(chosen),
+        files=kept,
+        varies=tuple(name for name in old.varies if name in names),
+    )
+    for file in kept:
+        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+        _link(bundle.path(file.path), folder / file.path)
+    data = bundle_manifest.encode(manifest)
+    (folder / bundle_manifest.NAME).write_bytes(data)
+    return Bundle(folder, manifest, hashlib.sha256(data).hexdigest())
+
+
+def _above(name: str) -> Iterator[str]:
+    """The folders that a file is in, nearest first."""
+    return (parent.as_posix() for parent in Path(name).parents)
 
 
 def write_zip(folder: Path, path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ from vit_export.runtime.bundle_manifest import (
     decode,
 )
 
+FOLDER = "bundle"  # its name in an export's output
 MAX_RATIO = 200  # unfolded over stored; weights reach about 1.2, dark images about 30
 _SMALL = 1 << 20  # below this a ratio means nothing
 _CHUNK = 1 << 20
@@ -82,12 +84,13 @@ class Bundle:
 
 
 def open_bundle(path: Path, work: Path) -> Bundle:
-    """Check a bundle (folder, its manifest.json, or .zip) and give access to it.
+    """Check a bundle (folder, its manifest.json, .zip, or the output that holds it) and give access to it.
 
     work: an existing folder; a zip is unpacked into `work/bundle`, which is removed if anything is wrong.
     Raises InputError for what is missing, damaged or no bundle, UntrustedInput for what is hostile.
     """
     path = path.parent if path.name == NAME and path.is_file() else path
+    path = path / FOLDER if (path / FOLDER / NAME).is_file() and not (path / NAME).exists() else path
     if path.is_dir():
         try:
             return _open_folder(path)
@@ -242,7 +245,7 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int | None, ...]) -
     """A memory-mapped .npy of this dtype and shape (None: any length); never a pickle."""
     try:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, TypeError, OverflowError, tokenize.TokenError) as error:
         raise InputError(f"cannot read {path}: {error}", "export the bundle again") from error
     fits = array.ndim == len(shape) and all(
         want in (None, got) for want, got in zip(shape, array.shape, strict=False)

@@ -12,14 +12,21 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vit_export.runtime.gate import Check
-from vit_export.runtime.report_cells import HEADERS, number, printable, rows, status, why
+from vit_export.runtime.gate import Check, GateOutcome
+from vit_export.runtime.report_cells import HEADERS, device_facts, number, printable, rows, status, why
 from vit_export.runtime.report_schema import Report
 
 STYLES = {
     "ship": "green", "hold": "red", "not run": "yellow", "baseline": "dim",
     "passed": "green", "failed": "red", "inconclusive": "yellow", "not_run": "yellow",
 }  # fmt: skip
+
+
+_OUTCOMES = {
+    "passed": "",
+    "failed": ": a limit is broken, or an artifact failed",
+    "inconclusive": ": nothing broken, but not all could be decided (exit code {code}, by inconclusive_exit)",
+}
 
 
 def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console:
@@ -48,6 +55,12 @@ def _print_notes(notes: Iterable[str], console: Console) -> None:
         console.print(f"  {printable(note)}", style="dim", soft_wrap=True)
 
 
+def print_device(report: Report, console: Console) -> None:
+    """What a device told of itself while it was measured; nothing for another report."""
+    for fact in device_facts(report.device) if report.device else ():
+        console.print(printable(fact), style="dim", soft_wrap=True)
+
+
 def result_table(report: Report) -> Table:
     """Baseline first, then artifacts; see report_cells.HEADERS. ~ marks an unstable latency."""
     table = _table(HEADERS)
@@ -58,6 +71,14 @@ def result_table(report: Report) -> Table:
         stacked = (Text(cell.replace(" [", "\n[")) for cell in cells)  # the interval under the drop
         table.add_row(*stacked, Text(verdict, STYLES.get(row.status, "")))
     return table
+
+
+def print_gate(outcome: GateOutcome, console: Console) -> None:
+    """The checks, then the outcome in words with the exit code it gives."""
+    console.print(gate_table(outcome.checks))
+    words = _OUTCOMES[outcome.outcome].format(code=outcome.exit_code)
+    told = Text.assemble("gate: ", (outcome.outcome, STYLES[outcome.outcome]), words)
+    console.print(told, soft_wrap=True)
 
 
 def gate_table(checks: Iterable[Check]) -> Table:

@@ -20,8 +20,10 @@ from rich.table import Table
 from vit_export import __version__
 from vit_export.errors import InputError, TargetError, VitExportError
 from vit_export.runtime import report_files, report_schema
+from vit_export.runtime.bundle import subset
 from vit_export.runtime.bundle_open import Bundle
 from vit_export.runtime.console import plain_table
+from vit_export.runtime.doctor import TARGETS
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.remote_copy import copy
 from vit_export.runtime.remote_ssh import CONNECTION_LOST, Connection, Done, Host, SshOptions
@@ -33,6 +35,7 @@ _CACHE = ".cache/vit-export"
 _NO_FOLDER, _NO_PYTHON = 91, 93  # exit codes of _PROBE
 _COLUMNS = ("artifact", "p50 ms", "p99 ms", "top-1", "drop", "agree", "SQNR", "verdict")
 _MAX_HOSTS = 32
+_EXTRAS = {target.name: target.run[0][-1].extra for target in TARGETS}
 _CLEAN_SECONDS = 60.0  # also after the host's own time is up
 
 _PROBE = """umask 077
@@ -54,11 +57,12 @@ exit "$code"
 
 @dataclass(frozen=True, slots=True)
 class HostOutcome:
-    """What one host gave: its report, or why there is none."""
+    """What one host gave: its report, or why there is none. kept: the folder left there, if any."""
 
     host: Host
     report: Report | None = None
     error: VitExportError | None = None
+    kept: str = ""
 
 
 def verify_on_hosts(
@@ -77,11 +81,14 @@ def verify_on_hosts(
     stop = threading.Event()
     done: list[Host] = []
 
+    carried = subset(bundle, job.chosen(bundle.manifest), work / "carried")
+
     def one(host: Host) -> HostOutcome:
         try:
-            report = _on_host(bundle, Connection(host, options, work, stop), job)
+            found = _on_host(carried, Connection(host, options, work, stop), job)
+            report = _named(found, host, bundle)
             report_files.write(report, output if len(hosts) == 1 else output / host.folder)
-            return HostOutcome(host, report)
+            return HostOutcome(host, report, kept=f"~/{_folder(carried)}" if options.keep else "")
         except VitExportError as error:
             return HostOutcome(host, error=error)
         finally:
@@ -113,18 +120,26 @@ def _lines(outcomes: Sequence[HostOutcome]) -> Iterator[tuple[str, ...]]:
 
 def _on_host(bundle: Bundle, connection: Connection, job: VerifyJob) -> Report:
     """Probe, copy, run, bring back, clean up. After a copy that broke, what arrived is left there."""
-    folder = f"{_CACHE}/{bundle.sha256[:16]}"
-    rsync = _probe(connection, folder)
+    folder = _folder(bundle)
+    rsync = _probe(connection, folder, [artifact.target for artifact in bundle.manifest.artifacts])
     copy(bundle, connection, f"{folder}/bundle", rsync=rsync)
     try:
-        return _report(connection, _run(connection, job, folder))
+        return _report(_run(connection, job, folder))
     finally:
         if not connection.options.keep:
             connection.renewed(_CLEAN_SECONDS).shell(f"rm -rf -- {folder}")
 
 
-def _probe(connection: Connection, folder: str) -> bool:
-    """Make the folder and find vit-export; whether the host has rsync. Raises TargetError with the fix."""
+def _folder(bundle: Bundle) -> str:
+    """Below the user's home there."""
+    return f"{_CACHE}/{bundle.sha256[:16]}"
+
+
+def _probe(connection: Connection, folder: str, targets: Sequence[str]) -> bool:
+    """Make the folder and find vit-export; whether the host has rsync. Raises TargetError with the fix.
+
+    targets: of the artifacts, whose runtimes belong to the fix.
+    """
     python = _quoted_python(connection.options.python)
     done = connection.shell(_PROBE.format(folder=f"{folder}/bundle", python=python))
     host, shown = connection.host.address, connection.options.python
@@ -133,9 +148,14 @@ def _probe(connection: Connection, folder: str) -> bool:
     if done.code == _NO_FOLDER:
         raise TargetError(f"cannot write ~/{_CACHE}: {done.err}")
     if done.code == _NO_PYTHON:
-        raise TargetError(f"there is no {shown} on {host}", "--python PATH names the interpreter to use")
+        raise TargetError(
+            f"there is no {shown} on {host}",
+            "--python PATH names the interpreter to use; quote it ('~/venv/bin/python'), or your own shell "
+            "puts this machine's home in the place of ~",
+        )
     if done.code or b"vit-export " not in done.out:
-        install = f"{shown} -m pip install 'vit-export[onnxruntime]=={__version__}'"
+        extras = ",".join(dict.fromkeys(_EXTRAS[target] for target in targets if target in _EXTRAS))
+        install = f"{shown} -m pip install 'vit-export[{extras}]=={__version__}'"
         raise TargetError(
             f"{shown} on {host} has no vit-export: {done.err}",
             f"{_by_hand(connection)} {shlex.quote(install)}",
@@ -163,17 +183,23 @@ def _run(connection: Connection, job: VerifyJob, folder: str) -> Done:
     return done
 
 
-def _report(connection: Connection, done: Done) -> Report:
+def _report(done: Done) -> Report:
     """The report from the output of `verify --json`. Raises TargetError if there is none, or half of one."""
     try:
         report = report_schema.decode(done.out)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         if done.code == InputError.exit_code:
             raise InputError(done.err) from error
         raise TargetError(f"it gave no report (exit code {done.code}): {done.err or error}") from error
     if report.device is None:
         raise TargetError("it gave a report that is not of verify")
-    device = msgspec.structs.replace(report.device, host=str(connection.host))
+    return report
+
+
+def _named(report: Report, host: Host, bundle: Bundle) -> Report:
+    """The report as of `host` and of the whole bundle, without paths that are there and not here."""
+    assert report.device is not None
+    device = msgspec.structs.replace(report.device, host=str(host), bundle_sha256=bundle.sha256)
     results = tuple(msgspec.structs.replace(result, artifact=None) for result in report.results)
     return msgspec.structs.replace(report, device=device, results=results)
 

@@ -93,7 +93,8 @@ def parse_host(text: str) -> Host:
     found = _HOST.fullmatch(text)
     port = int(found["port"]) if found and found["port"] else None
     if found is None or (port is not None and not 1 <= port <= 65535):
-        raise UsageError(f"--host {text!r} is not a host", "ssh://user@device, ssh://user@device:2222")
+        meant = f"ssh://{text}" if _HOST.fullmatch(f"ssh://{text}") else "ssh://user@device[:port]"
+        raise UsageError(f"--host {text!r} is not a host", f"--host {meant}")
     return Host(found["name"], found["user"] or "", port)
 
 

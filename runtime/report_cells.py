@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vit_export.artifacts import Latency
-from vit_export.runtime.report_schema import Baseline, Report, Result
+from vit_export.runtime.report_schema import Baseline, Device, Report, Result
 
 HEADERS = ("artifact", "MB", "p50 ms", "p99 ms", "speed", "top-1", "drop", "agree", "SQNR", "verdict")
 NONE = "-"
@@ -49,6 +49,25 @@ def why(result: Result) -> str:
 def printable(text: str) -> str:
     """Text from elsewhere without terminal escapes and control characters."""
     return _UNPRINTABLE.sub("", text)
+
+
+def device_facts(device: Device) -> Iterator[str]:
+    """Lines about a device: its name, clocks, heat and power before → after, what slowed it or is hidden."""
+    state, after = device.before, device.after
+    yield ", ".join(
+        filter(None, (device.host or "this machine", state.board, state.power_mode, state.governor))
+    )
+    for unit, first, last in (
+        ("MHz", state.mhz, after.mhz),
+        ("°C", state.celsius, after.celsius),
+        ("mW", state.milliwatts, after.milliwatts),
+    ):
+        if moved := [f"{k} {v:.0f} → {last[k]:.0f} {unit}" for k, v in first.items() if k in last]:
+            yield ", ".join(moved)
+    if state.unreadable:
+        yield f"not readable here: {', '.join(state.unreadable)}"
+    if device.throttled:
+        yield f"slowed while measuring: {', '.join(device.throttled)}"
 
 
 def megabytes(size: int | None) -> str:

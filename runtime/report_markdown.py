@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from vit_export.runtime.report_cells import HEADERS, megabytes, number, printable, rows, status, why
+from vit_export.runtime.report_cells import (
+    HEADERS,
+    device_facts,
+    megabytes,
+    number,
+    printable,
+    rows,
+    status,
+    why,
+)
 from vit_export.runtime.report_schema import EvalData, Report
 
 _ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\`*|"}}
@@ -95,26 +104,11 @@ def _environment(report: Report) -> Iterator[str]:
 
 def _device(report: Report) -> Iterator[str]:
     """Board, clocks, heat and power before and after; nothing for a report of the exporting machine."""
-    device = report.device
-    if device is None:
+    if report.device is None:
         return
     yield "## Device"
     yield ""
-    state = device.before
-    names = (device.host or "this machine", state.board, state.power_mode, state.governor)
-    yield f"- {_facts(*map(escape, names))}"
-    for unit, before, after in (
-        ("MHz", state.mhz, device.after.mhz),
-        ("°C", state.celsius, device.after.celsius),
-        ("mW", state.milliwatts, device.after.milliwatts),
-    ):
-        moved = (f"{escape(k)} {v:.0f} → {after[k]:.0f} {unit}" for k, v in before.items() if k in after)
-        if before:
-            yield f"- {_facts(*moved)}"
-    if state.unreadable:
-        yield f"- not readable here: {_facts(*state.unreadable)}"
-    if device.throttled:
-        yield f"- slowed while measuring: {escape(', '.join(device.throttled))}"
+    yield from (f"- {escape(fact)}" for fact in device_facts(report.device))
 
 
 def _facts(*facts: str) -> str:

@@ -21,7 +21,7 @@ import msgspec
 from vit_export.artifacts import Precision
 from vit_export.runtime.accuracy import images_needed
 from vit_export.runtime.known_bad import against
-from vit_export.runtime.report_schema import Gate, Result
+from vit_export.runtime.report_schema import Gate, Report, Result
 
 SLOWER = 0.97  # a ratio of medians this close to 1 is a draw on a quiet machine
 _NAMED = 4  # layers named in a sentence; the report has them all
@@ -111,6 +111,18 @@ def _capability(result: Result) -> str:
     """`8.7`: compute capability of the GPU it ran on, "" for what did not run on one."""
     found = (result.details.get("device") or {}).get("capability", ())
     return ".".join(map(str, found))
+
+
+def exit_code(report: Report, *, max_drop: float | None, require_run: bool) -> int:
+    """0 all done; 1 a --max-drop that the user gave is broken; 3 a target failed or was not run.
+
+    max_drop: what the user gave, None when the default limit only informs the verdicts.
+    """
+    states = {result.status for result in report.results}
+    if "failed" in states or (require_run and "not_run" in states):
+        return 3
+    gates = (gate for result in report.results for gate in result.gates)
+    return 1 if max_drop is not None and any(gate.passed is False for gate in gates) else 0
 
 
 def drop_words(drop: float, interval: tuple[float, float] | None) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from vit_export.errors import InputError, UsageError
-from vit_export.runtime import report_files
+from vit_export.runtime import report_files, verdict
 from vit_export.runtime.bundle_open import Bundle
 from vit_export.runtime.device import read_device, throttling
 from vit_export.runtime.environment import collect as environment
@@ -85,13 +85,10 @@ def check_targets(bundle: Bundle, job: VerifyJob) -> None:
         raise InputError("the bundle holds no artifact", "every target failed when it was exported")
 
 
-def exit_code(report: Report, *, max_drop: float | None, require_run: bool) -> int:
-    """0 all done; 1 a --max-drop that the user gave is broken; 3 a target failed or was not run."""
-    states = {result.status for result in report.results}
-    if "failed" in states or (require_run and "not_run" in states):
-        return 3
-    gates = (gate for result in report.results for gate in result.gates)
-    return 1 if max_drop is not None and any(gate.passed is False for gate in gates) else 0
+def exit_code(report: Report, job: VerifyJob) -> int:
+    """As after an export; but 3 as well where nothing could run: then nothing was verified."""
+    nothing = all(result.status == "not_run" for result in report.results)
+    return verdict.exit_code(report, max_drop=job.max_drop, require_run=job.require_run or nothing)
 
 
 def _report(

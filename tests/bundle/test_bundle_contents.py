@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from contracts.bundles import CONTRACT, IMAGES, fake_bundle, fake_export
+from contracts.sample_report import result
+from vit_export.artifacts import Runnable
 from vit_export.errors import InputError
 from vit_export.runtime import bundle_manifest
-from vit_export.runtime.bundle import write_bundle
+from vit_export.runtime.bundle import subset, write_bundle
 from vit_export.runtime.bundle_open import open_bundle
 
 
@@ -52,6 +56,25 @@ def test_the_same_export_gives_the_same_bytes(tmp_path: Path) -> None:
     os.utime(first, (0, 0))
     second = fake_bundle(tmp_path / "b" / "elsewhere", zipped=True)
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_subset_is_a_bundle_of_what_was_chosen(tmp_path: Path) -> None:
+    """--target sends a host these artifacts, their images and the plan, and nothing of the others."""
+    whole, size = fake_export(tmp_path / "out")
+    other = tmp_path / "out/openvino/int8/32x32/model.xml"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"<net/>")
+    second = result(target="openvino", image_size=(32, 32), artifact="openvino/int8/32x32/model.xml")
+    runnable = Runnable("fake", other)
+    size = replace(size, runnables={**size.runnables, second.name: runnable})
+    whole = msgspec.structs.replace(whole, results=(*whole.results, second))
+    bundle = open_bundle(write_bundle(whole, [size], tmp_path / "out"), tmp_path)
+    assert subset(bundle, bundle.manifest.artifacts, tmp_path / "same") is bundle
+    made = subset(bundle, bundle.manifest.artifacts[1:], tmp_path / "some")
+    assert open_bundle(tmp_path / "some", tmp_path) == made
+    assert [artifact.target for artifact in made.manifest.artifacts] == ["openvino"]
+    gone = {f.path for f in bundle.manifest.files} - {f.path for f in made.manifest.files}
+    assert gone == {"onnx/int8/32x32/model.onnx"}
 
 
 def test_artifacts_are_linked_not_copied(tmp_path: Path) -> None:

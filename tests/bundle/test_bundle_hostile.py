@@ -68,8 +68,8 @@ def entry(name: str, mode: int = stat.S_IFREG | 0o644) -> zipfile.ZipInfo:
 
 
 def test_the_honest_bundle_opens(good: Path, work: Path) -> None:
-    """The corpus is refused for what was changed: unchanged, folder, manifest and zip all open."""
-    for path in (good, good / "manifest.json", good.with_suffix(".zip")):
+    """The corpus is refused for what was changed: unchanged, folder, manifest, output and zip all open."""
+    for path in (good, good / "manifest.json", good.parent, good.with_suffix(".zip")):
         bundle = open_bundle(path, work)
         assert bundle.path(ARTIFACT).read_bytes() == (good / ARTIFACT).read_bytes()
     assert bundle.folder == work / "bundle"

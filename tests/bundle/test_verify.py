@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from contracts.bundles import IMAGES, fake_bundle
+from contracts.sample_report import result
 from vit_export.artifacts import Precision, Runnable
 from vit_export.errors import InputError, UsageError, WorkerCrash
 from vit_export.runtime import build_here, report_files, verify_size
@@ -72,7 +74,7 @@ def test_wrong_numbers_fail_on_the_golden_images(tmp_path: Path) -> None:
     assert result.status == "failed"
     assert "golden images" in result.reason
     assert "where it was exported 40.0 dB" in result.reason
-    assert exit_code(report, max_drop=None, require_run=False) == 3
+    assert exit_code(report, VerifyJob()) == 3
 
 
 @pytest.mark.parametrize(
@@ -91,15 +93,17 @@ def test_what_goes_wrong_is_one_row(tmp_path: Path, fault: str, state: str, word
 
 
 def test_exit_codes(tmp_path: Path) -> None:
-    """not_run is 0, or 3 when asked for; a broken --max-drop is 1 only if the user gave one."""
+    """Where nothing could run: 3, nothing was verified. A broken --max-drop: 1, if the user gave one."""
     absent = run(fake_bundle(tmp_path / "a" / "out", fault="missing", fault_at="open"), tmp_path / "a" / "x")
-    assert exit_code(absent, max_drop=None, require_run=False) == 0
-    assert exit_code(absent, max_drop=None, require_run=True) == 3
+    assert exit_code(absent, VerifyJob()) == 3
+    some = msgspec.structs.replace(absent, results=(*absent.results, result()))
+    assert exit_code(some, VerifyJob()) == 0
+    assert exit_code(some, VerifyJob(require_run=True)) == 3
     worse = run(fake_bundle(tmp_path / "b" / "out", noise=0.2), tmp_path / "b" / "x", max_drop=0.5)
     assert worse.results[0].status == "ok"
     assert worse.results[0].top1_drop > 0.5
-    assert exit_code(worse, max_drop=0.5, require_run=False) == 1
-    assert exit_code(worse, max_drop=None, require_run=False) == 0
+    assert exit_code(worse, VerifyJob(max_drop=0.5)) == 1
+    assert exit_code(worse, VerifyJob()) == 0
 
 
 def test_unlabelled_images(tmp_path: Path) -> None:

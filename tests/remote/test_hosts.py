@@ -24,6 +24,13 @@ def test_hosts_that_are_no_hosts(text: str) -> None:
         parse_host(text)
 
 
+def test_a_host_without_its_scheme_is_told() -> None:
+    """`--host me@pi:2222` is answered with what was meant."""
+    with pytest.raises(UsageError) as caught:
+        parse_host("me@pi:2222")
+    assert caught.value.hint == "--host ssh://me@pi:2222"
+
+
 def test_hosts_as_they_are_written() -> None:
     """Names, aliases, addresses of both kinds, users and ports."""
     assert parse_host("ssh://jetson") == Host("jetson")

@@ -292,6 +292,7 @@ def test_keep_leaves_the_bundle_there(server: sshd.Server, bundle: Bundle, tmp_p
     (outcome,) = verify_on([server.url], bundle, server, tmp_path, keep=True)
     assert outcome.report is not None, outcome.error
     assert server.left == [bundle.sha256[:16]]
+    assert outcome.kept == f"~/.cache/vit-export/{bundle.sha256[:16]}"
     copied = server.home / ".cache" / "vit-export" / bundle.sha256[:16]
     assert stat.S_IMODE(copied.stat().st_mode) == 0o700
     with sshd.CuttingProxy(server.port, []) as proxy:
