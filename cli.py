@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vit_export.artifacts import Size
     from vit_export.job import ExportJob
 
+_MAX_CONFIG_BYTES = 1 << 20
 _TARGETS = ("onnx", "openvino", "tensorrt", "coreml")
 # ClickException: of the click package, or of the copy that newer typer carries and has no public name for.
 _UsageMistake: type[Exception] = typer.BadParameter.__mro__[2]
@@ -41,8 +42,10 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
         from vit_export.python310 import tomllib
 
         try:
+            if path.stat().st_size > _MAX_CONFIG_BYTES:
+                raise UsageError(f"--config {path} is too large: {path.stat().st_size} bytes")
             values = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UsageError(f"cannot read --config {path}: {error}") from error
         names = {flag.lstrip("-"): p.name for p in context.command.params for flag in p.opts}
         if unknown := sorted(values.keys() - names.keys()):
@@ -172,6 +175,7 @@ def export(
 
 def _run(job: ExportJob, *, quiet: bool, as_json: bool) -> None:
     from vit_export.runtime.console import make_console, print_report
+    from vit_export.runtime.report_cells import printable
     from vit_export.terminal import progress_display
 
     console = make_console(stderr=True) if as_json else make_console()
@@ -182,14 +186,14 @@ def _run(job: ExportJob, *, quiet: bool, as_json: bool) -> None:
 
         report = pipeline.run(job, command, notify)
     for note in report.model.notes:
-        console.print(f"note: {note}", style="dim", soft_wrap=True)
+        console.print(f"note: {printable(note)}", style="dim", soft_wrap=True)
     print_report(report, console)
     console.print(f"\n{job.output}", style="dim")
     if as_json:
         from vit_export.runtime.report_schema import encode
 
         sys.stdout.buffer.write(encode(report))
-    raise typer.Exit(pipeline.exit_code(report, job))
+    raise typer.Exit(pipeline.exit_code(report, max_drop=job.max_drop, require_run=job.require_run))
 
 
 @app.command()
@@ -263,6 +267,13 @@ app.command()(verify)
 app.command()(gate)
 
 
+def _plain(error: Exception) -> str:
+    """What an error says, without terminal escapes: it may quote a file, a vendor or a host."""
+    from vit_export.runtime.report_cells import printable
+
+    return printable(str(error))
+
+
 def main() -> None:
     """Entry point: every error a user can cause is one message and its exit code; the rest is 4."""
     verbose = any(flag in sys.argv for flag in ("--verbose", "-v"))
@@ -278,13 +289,14 @@ def main() -> None:
     except VitExportError as error:
         if verbose:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_plain(error)}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
         if verbose:
             raise
         typer.echo(
-            f"internal error: {type(error).__name__}: {error}\n  run again with --verbose and report it",
+            f"internal error: {type(error).__name__}: {_plain(error)}\n"
+            "  run again with --verbose and report it",
             err=True,
         )
         sys.exit(4)

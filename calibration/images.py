@@ -36,7 +36,7 @@ MAX_PIXELS = 178_956_970  # of one image; Pillow's own limit against decompressi
 
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip  # what Pillow's decoders raise on broken files
 
 

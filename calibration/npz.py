@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,12 @@ from vit_export.errors import InputError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError)
+MAX_IMAGES = 5_000_000  # each has a name in memory
+# What zipfile and numpy's header reader, which tokenizes Python, raise on broken or encrypted files.
+_BROKEN = (
+    zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError,
+    TypeError, KeyError, OverflowError, MemoryError, struct.error, tokenize.TokenError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +111,8 @@ def _header(path: Path, key: str, member: IO[bytes]) -> tuple[int, ...]:
             f"{path}: {key} is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}",
             "it must be uint8 [N, H, W, 3], RGB, in C order, with at least one image",
         )
+    if shape[0] > MAX_IMAGES:
+        raise InputError(f"{path}: {key} announces {shape[0]} images, the limit is {MAX_IMAGES}")
     if shape[1] * shape[2] > MAX_PIXELS:
         raise InputError(f"{path}: images of {shape[2]}x{shape[1]} pixels are more than {MAX_PIXELS}", "")
     return tuple(shape)
@@ -126,4 +135,4 @@ def _labels(path: Path, archive: zipfile.ZipFile, key: str, count: int) -> Label
                 f"{path}: {key} is {dtype} {list(shape)} for {count} images",
                 "labels are class indices, integers [N]",
             )
-        return np.frombuffer(member.read(), dtype, count).astype(np.int64)
+        return np.frombuffer(member.read(count * dtype.itemsize), dtype, count).astype(np.int64)

@@ -15,6 +15,7 @@ from vit_export.artifacts import Layer, LayerPlan, QuantPlan, Ranges
 from vit_export.errors import InputError, UsageError
 
 SCHEMA = "vit-export.plan/1"
+MAX_BYTES = 64 << 20
 
 
 def plan(
@@ -64,11 +65,13 @@ def save(plan: QuantPlan, path: Path) -> None:
 def read(path: Path) -> QuantPlan:
     """A plan written by `save`, or by hand. Raises InputError, with the place, for anything else."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is too large for a plan: {path.stat().st_size} bytes")
         content = path.read_bytes()
         plan = msgspec.json.decode(content, type=QuantPlan)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not a plan: {error}") from error
     known = msgspec.json.decode(msgspec.json.encode(plan))
     problem = _problem(plan) or _unknown_key(msgspec.json.decode(content), known)

@@ -133,7 +133,7 @@ def read_request(manifest: Path) -> StoredBuild:
     """
     try:
         stored = msgspec.json.decode(manifest.read_bytes(), type=_Stored)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{manifest} is not a TensorRT manifest ({error})") from error
     graph = manifest.parent / stored.graph
     if graph.name != stored.graph:

@@ -72,7 +72,7 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
             f"{path} holds more than tensors and would have to be executed to be read",
             "save only the weights: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # torch's own unpickler raises IndexError and more on damaged bytes
         raise InputError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a state dict")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from vit_export.models.onnx_call import Call, Host, Value, as_tensor, host_shape
 
+MAX_ELEMENTS = 1 << 26  # of what one node makes up
 _RESIZE = {"nearest": "nearest", "linear": "bilinear", "cubic": "bicubic"}
 
 
@@ -140,7 +142,7 @@ def _gather(call: Call) -> Value:
 
 
 def _expand(call: Call) -> Value:
-    wanted = call.ints(1)
+    wanted = _bounded(call, call.ints(1))
     if call.on_host and not _symbolic(wanted):
         return np.broadcast_to(call.host(0), np.broadcast_shapes(call.host(0).shape, tuple(wanted)))
     x = call.tensor()
@@ -153,6 +155,9 @@ def _expand(call: Call) -> Value:
 
 def _tile(call: Call) -> Value:
     repeats = call.ints(1)
+    value = call.inputs[0]
+    assert value is not None
+    _bounded(call, [*repeats, *value.shape])
     here = call.on_host and not _symbolic(repeats)
     return np.tile(call.host(0), repeats) if here else call.tensor().repeat(repeats)
 
@@ -166,7 +171,7 @@ def _where(call: Call) -> Value:
 
 def _constant_of_shape(call: Call) -> Value:
     value = call.attribute("value", np.zeros(1, np.float32))
-    shape = call.ints(0)
+    shape = _bounded(call, call.ints(0))
     if not _symbolic(shape):
         array = np.full(shape, value.reshape(-1)[0], value.dtype)
         return array if array.size <= 64 else as_tensor(array)
@@ -177,8 +182,19 @@ def _range(call: Call) -> Value:
     start, limit, step = (call.ints(i)[0] for i in range(3))
     if _symbolic([start, limit, step]):
         return torch.arange(start, limit, step)
+    if step == 0:
+        raise call.unsupported("a range with step 0")
+    _bounded(call, [int((limit - start) / step)])
     values: Host = np.arange(start, limit, step, dtype=call.host(0).dtype)
     return values
+
+
+def _bounded(call: Call, shape: list[Any]) -> list[Any]:
+    """The shape, if a tensor of it is not absurd: a few bytes of a file could ask for any size."""
+    known = [abs(int(side)) for side in shape if not _symbolic([side])]
+    if math.prod(side for side in known if side) > MAX_ELEMENTS:
+        raise call.unsupported(f"it makes a tensor of {known}")
+    return shape
 
 
 def _symbolic(values: list[Any]) -> bool:
@@ -192,6 +208,7 @@ def _pad(call: Call) -> Tensor:
     if call.attribute("mode", "constant") != "constant":
         raise call.unsupported(f"padding mode {call.attribute('mode')}")
     amounts = [0] * (2 * x.ndim)
+    _bounded(call, [abs(side) + 1 for side in pads if not _symbolic([side])])
     for position, axis in enumerate(axes):
         amounts[2 * (x.ndim - 1 - axis)] = pads[position]
         amounts[2 * (x.ndim - 1 - axis) + 1] = pads[position + len(axes)]
@@ -215,7 +232,9 @@ def _resize(call: Call) -> Tensor:
         raise call.unsupported(f"resizing by {mode} at {where} coordinates")
     corners = None if mode == "nearest" else False
     if call.has(3):
+        _bounded(call, call.ints(3))
         return functional.interpolate(x, size=call.ints(3)[2:], mode=mode, align_corners=corners)
+    _bounded(call, [math.ceil(abs(scale)) for scale in call.ints(2) if math.isfinite(scale)])
     return functional.interpolate(x, scale_factor=call.ints(2)[2:], mode=mode, align_corners=corners)
 
 

@@ -13,7 +13,7 @@ from onnx import inliner
 from torch import Tensor, nn
 
 from vit_export.artifacts import LoadedModel, Size
-from vit_export.errors import InputError, ParityError, UsageError
+from vit_export.errors import InputError, ParityError, UntrustedInput, UsageError, VitExportError
 from vit_export.models.config import LoadOptions
 from vit_export.models.finish import assumed, finish
 from vit_export.models.onnx_build import build
@@ -21,6 +21,7 @@ from vit_export.models.onnx_build import build
 OPSETS = range(11, 24)
 PARITY = 1e-4  # largest |difference| over largest |value| between the file and its import
 HALF_PARITY = 1e-2  # the same for a file with float16 weights, which is imported in float32
+MAX_PIXELS = 1 << 26  # of a batch
 _DEFAULT_SIDE = 224  # where height and width are symbolic
 
 
@@ -37,10 +38,16 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
         )
     model = _read(path)
     size, batch, said = _input(model, path)
-    module = build(model)
-    images = torch.randn(batch or 1, 3, *size, generator=torch.Generator().manual_seed(0))
     half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
-    compared = _compare(module, images, path, HALF_PARITY if half else PARITY)
+    try:
+        module = build(model)
+        images = torch.randn(batch or 1, 3, *size, generator=torch.Generator().manual_seed(0))
+        compared = _compare(module, images, path, HALF_PARITY if half else PARITY)
+    except VitExportError:
+        raise
+    except Exception as error:  # the checker lets through graphs that no runtime can compute
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {reason}") from error
     preprocessing, guessed = assumed(options)
     loaded = finish(
         module,
@@ -61,7 +68,7 @@ def _read(path: Path) -> onnx.ModelProto:
         model = onnx.load(path)
         onnx.checker.check_model(path)
         model = inliner.inline_local_functions(model)
-    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
+    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError, RuntimeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is not a valid ONNX file: {reason}") from error
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
@@ -83,6 +90,10 @@ def _input(model: onnx.ModelProto, path: Path) -> tuple[Size, int | None, tuple[
         taken = ", ".join(f"{i.name} {_shape(i)}" for i in inputs)
         raise InputError(f"{path} must take one float32 image [batch, 3, height, width]; it takes {taken}")
     size = (dims[2] or _DEFAULT_SIDE, dims[3] or _DEFAULT_SIDE)
+    if min(size) < 1 or not 0 < (dims[0] or 1) * size[0] * size[1] <= MAX_PIXELS:
+        raise UntrustedInput(
+            f"{path} takes images of {_shape(inputs[0])}", f"a batch may have {MAX_PIXELS} pixels"
+        )
     open_size = dims[2] is None or dims[3] is None
     said = (f"height and width are symbolic in the file: {size[0]}x{size[1]} taken",) if open_size else ()
     return size, dims[0], said

@@ -102,7 +102,7 @@ class Manifest(Part, frozen=True, kw_only=True):
     plans: tuple[str, ...] = ()
     versions: dict[str, str] = msgspec.field(default_factory=dict)
     varies: tuple[str, ...] = ()
-    batch_size: Annotated[int, Meta(ge=1)] | None = None
+    batch_size: Annotated[int, Meta(ge=1, le=4096)] | None = None
     schema: Literal["vit-export.bundle/1"] = SCHEMA
 
     def size(self, image_size: Size) -> StoredSize:

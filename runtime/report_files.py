@@ -78,7 +78,7 @@ def _decode(data: bytes, path: Path) -> Report:
         return report_schema.decode(data)
     except msgspec.ValidationError as error:
         raise InputError(f"{path} is not a valid report: {error}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
 
 
