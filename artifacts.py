@@ -334,3 +334,40 @@ class Accuracy:
     top1_drop: float | None = None
     top1_drop_ci95: tuple[float, float] | None = None
     kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerAttention:
+    """Where one attention layer looks in one image, in float and in int8.
+
+    name: module path. heads, queries, keys: of its weights. grid: (rows, columns) of the patches in a map.
+    float_maps, int8_maps: [heads, rows, columns], the weights that `query` gives to each patch (what is
+    missing to 1 goes to prefix tokens); None where `reason` says why, or without an int8 program.
+    kl: mean KL(float || int8) over all heads and queries, nats.
+    """
+
+    name: str
+    heads: int
+    queries: int
+    keys: int
+    query: Literal["class token", "mean of all tokens"] = "class token"
+    grid: Size | None = None
+    float_maps: npt.NDArray[np.float32] | None = None
+    int8_maps: npt.NDArray[np.float32] | None = None
+    kl: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageAttention:
+    """All attention layers of one image, in order, and their rollout [rows, columns], None with a reason.
+
+    float_output, int8_output: [K], what the model answered.
+    """
+
+    layers: tuple[LayerAttention, ...]
+    float_output: npt.NDArray[np.float32]
+    int8_output: npt.NDArray[np.float32] | None = None
+    float_rollout: npt.NDArray[np.float32] | None = None
+    int8_rollout: npt.NDArray[np.float32] | None = None
+    rollout_reason: str = ""

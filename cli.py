@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vit_export import __version__
+from vit_export.cli_attention import attention
 from vit_export.cli_gate import gate
 from vit_export.cli_options import METHODS, export_job
 from vit_export.cli_verify import verify
@@ -265,6 +266,7 @@ def _shown(size: Size | None) -> str:
 
 app.command()(verify)
 app.command()(gate)
+app.command()(attention)
 
 
 def _plain(error: Exception) -> str:

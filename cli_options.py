@@ -62,6 +62,25 @@ def export_job(options: Mapping[str, Any]) -> ExportJob:
     )
 
 
+def attention_job(options: Mapping[str, Any]) -> ExportJob:
+    """The job behind `vit-export attention`: how to load, calibrate and quantise, nothing to build."""
+    from vit_export.job import ExportJob
+    from vit_export.models.config import LoadOptions
+
+    return ExportJob(
+        model=options["model"],
+        load=LoadOptions(**{name: options[name] for name in ("checkpoint", "pretrained", "num_classes")}),
+        image_sizes=(size(options["image_size"]),) if options["image_size"] else (),
+        targets=targets([options["target"]])[:1],
+        calib=options["calib"],
+        calib_size=options["calib_size"],
+        observer=observer(options["calib_method"]),
+        keep_float=tuple(options["keep_float"] or ()),
+        output=options["output"].absolute(),
+        seed=options["seed"],
+    )
+
+
 def load_options(options: Mapping[str, Any]) -> LoadOptions:
     """How to load the model."""
     from vit_export.artifacts import Interpolation

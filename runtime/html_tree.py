@@ -15,7 +15,7 @@ Node = ElementTree.Element
 Child = Node | str | None
 
 # A second lock: even if a page held a reference, the browser would fetch nothing and run nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _STYLE = Path(__file__).with_name("report.css")
 
 
