@@ -371,3 +371,36 @@ class ImageAttention:
     float_rollout: npt.NDArray[np.float32] | None = None
     int8_rollout: npt.NDArray[np.float32] | None = None
     rollout_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHistogram:
+    """What reached one layer's input: counts of `counts` equal bins from `first`, each `width` wide.
+
+    low, high: the range chosen for quantisation. Values are counted as they were, outliers included.
+    """
+
+    name: str
+    low: float
+    high: float
+    first: float
+    width: float
+    counts: tuple[int, ...]
+
+    @property
+    def clipped(self) -> float:
+        """The share of values in bins that lie wholly outside the chosen range."""
+        edges = [self.first + i * self.width for i in range(len(self.counts) + 1)]
+        out = sum(n for i, n in enumerate(self.counts) if edges[i + 1] <= self.low or edges[i] >= self.high)
+        return out / max(1, sum(self.counts))
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationRecord:
+    """calibration.json: a histogram of each layer's input on the first `images` calibration images."""
+
+    method: str
+    image_size: Size
+    images: int
+    layers: tuple[LayerHistogram, ...]
+    schema: str = "vit-export.calibration/1"

@@ -50,7 +50,7 @@ def run(job: ExportJob, images: Sequence[Path], most: int, notify: ProgressCallb
     most: images taken from each folder or .npz. Int8 is calibrated as in an export, for the first target.
     """
     sources = [_open(path, most, job.seed) for path in images or _embedded(job)]
-    notify("load", 0, 1)
+    notify(f"download {job.model}" if job.load.pretrained else f"load {job.model}", 0, 1)
     model = load(job.model, job.load)
     model = adapt(model, job.image_sizes[0], job.adapt) if job.image_sizes else model
     notify("trace", 0, 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vit_export import __version__
-from vit_export.cli_attention import attention
+from vit_export.cli_attention import attention as attention_command
 from vit_export.cli_gate import gate
 from vit_export.cli_options import METHODS, export_job
 from vit_export.cli_verify import verify
@@ -75,7 +75,9 @@ def export(
         Path | None, typer.Option(help="safetensors or state dict to load over the model")
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="download the model's weights")] = False,
-    num_classes: Annotated[int | None, typer.Option(min=0)] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=0, help="of the head; 0 for none: embeddings are compared")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that an hf: model brings")
     ] = False,
@@ -101,12 +103,12 @@ def export(
     calib: Annotated[
         Path | None, typer.Option(help="calibration images: folder, folder a class, or .npz")
     ] = None,
-    calib_size: Annotated[int, typer.Option(min=1)] = 128,
-    calib_method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "minmax",
+    calib_size: Annotated[int, typer.Option(min=1, help="calibration images at most")] = 128,
+    calib_method: Annotated[str, typer.Option(help="range of activations: " + ", ".join(METHODS))] = "minmax",
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="images to judge on, as for --calib")
     ] = None,
-    eval_size: Annotated[int | None, typer.Option(min=2)] = None,
+    eval_size: Annotated[int | None, typer.Option(min=2, help="evaluation images at most")] = None,
     max_drop: Annotated[
         float | None, typer.Option(help="top-1 points an artifact may lose; more gives exit 1")
     ] = None,
@@ -116,17 +118,21 @@ def export(
     mean: Annotated[str | None, typer.Option(help="R,G,B on the 0..1 scale")] = None,
     std: Annotated[str | None, typer.Option(help="R,G,B on the 0..1 scale")] = None,
     interpolation: Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos")] = None,
-    crop_pct: Annotated[float | None, typer.Option(min=0.1)] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(min=0.1, help="share of the resized short side that the crop keeps")
+    ] = None,
     batch_size: Annotated[
         str | None, typer.Option(help="N fixes the batch; MIN,OPT,MAX is a TensorRT profile; else dynamic")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="of every runtime; 0: all physical cores")] = 0,
     opset: Annotated[int | None, typer.Option(help="ONNX opset instead of the target's own")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("vit-export-out"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder of artifacts, reports and bundle")
+    ] = Path("vit-export-out"),
     config: Annotated[
         Path | None, typer.Option(callback=_config, is_eager=True, help="TOML file with any of these options")
     ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="of sampling and of intervals")] = 0,
     timeout: Annotated[float, typer.Option(min=1, help="seconds a runtime may take to answer")] = 600,
     require_run: Annotated[
         bool, typer.Option("--require-run", help="exit 3 when an artifact cannot be run here")
@@ -138,19 +144,30 @@ def export(
         bool, typer.Option("--bundle/--no-bundle", help="write OUTPUT/bundle for vit-export verify")
     ] = True,
     zipped: Annotated[bool, typer.Option("--zip", help="also OUTPUT/bundle.zip")] = False,
-    coreml_target: Annotated[str | None, typer.Option(help="iOS17 or iOS18")] = None,
-    coreml_input: Annotated[str | None, typer.Option(help="tensor or image")] = None,
-    coreml_activations: Annotated[str | None, typer.Option(help="symmetric, asymmetric or float")] = None,
+    attention: Annotated[
+        int, typer.Option(min=0, max=16, help="evaluation images whose attention the report shows")
+    ] = 0,
+    coreml_target: Annotated[str | None, typer.Option(help="oldest system: iOS17 or iOS18")] = None,
+    coreml_input: Annotated[str | None, typer.Option(help="Core ML input: tensor or image")] = None,
+    coreml_activations: Annotated[
+        str | None, typer.Option(help="of Core ML int8: symmetric, asymmetric, float")
+    ] = None,
     palettize: Annotated[int | None, typer.Option(help="4 or 6 bits a Core ML weight")] = None,
     labels: Annotated[Path | None, typer.Option(help="class names, one a line: a Core ML classifier")] = None,
     author: Annotated[str | None, typer.Option(help="for the Core ML package")] = None,
     license: Annotated[str | None, typer.Option(help="for the Core ML package")] = None,
-    int8_attention: Annotated[str | None, typer.Option(help="auto, on or off, for TensorRT")] = None,
-    trt_flavor: Annotated[str | None, typer.Option(help="auto, tensorrt or rtx")] = None,
-    trt_workspace_mib: Annotated[int | None, typer.Option(min=1)] = None,
-    trt_optimization_level: Annotated[int | None, typer.Option(min=0, max=5)] = None,
-    trt_compatibility: Annotated[str | None, typer.Option(help="none, ampere+ or same")] = None,
-    trt_dla_core: Annotated[int | None, typer.Option(min=0)] = None,
+    int8_attention: Annotated[str | None, typer.Option(help="TensorRT: auto, on or off")] = None,
+    trt_flavor: Annotated[str | None, typer.Option(help="TensorRT SDK: auto, tensorrt or rtx")] = None,
+    trt_workspace_mib: Annotated[
+        int | None, typer.Option(min=1, help="memory TensorRT may use while building")
+    ] = None,
+    trt_optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="how long TensorRT searches")
+    ] = None,
+    trt_compatibility: Annotated[
+        str | None, typer.Option(help="other GPUs to run on: none, ampere+, same")
+    ] = None,
+    trt_dla_core: Annotated[int | None, typer.Option(min=0, help="Jetson's DLA core to build for")] = None,
     trt_version_compatible: Annotated[
         bool | None, typer.Option("--trt-version-compatible", help="later TensorRT versions may run it too")
     ] = None,
@@ -158,11 +175,15 @@ def export(
         str | None, typer.Option(help="GPUs TensorRT-RTX builds for, as 8.6,8.9; default: all it knows")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="traceback with errors")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="a line a stage with its time; traceback with errors")
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="report.json on stdout, everything else on stderr")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and exit")
+    ] = False,
 ) -> None:
     """Export a Vision Transformer, quantise it, and prove the artifact against FP32 PyTorch.
 
@@ -171,30 +192,43 @@ def export(
     """
     if context.invoked_subcommand is not None:
         return
-    _run(export_job(context.params), quiet=quiet or json, as_json=json)
+    _run(export_job(context.params), quiet=quiet or json, verbose=verbose, as_json=json)
 
 
-def _run(job: ExportJob, *, quiet: bool, as_json: bool) -> None:
+def _run(job: ExportJob, *, quiet: bool, verbose: bool, as_json: bool) -> None:
     from vit_export.runtime.console import make_console, print_report
     from vit_export.runtime.report_cells import printable
     from vit_export.terminal import progress_display
 
     console = make_console(stderr=True) if as_json else make_console()
     command = shlex.join(["vit-export", *sys.argv[1:]])
-    with progress_display(console, quiet) as notify:
-        notify("import", 0, 1)
+    with progress_display(console, quiet, verbose) as notify:
+        notify("import PyTorch", 0, 1)
         from vit_export import pipeline
 
         report = pipeline.run(job, command, notify)
     for note in report.model.notes:
         console.print(f"note: {printable(note)}", style="dim", soft_wrap=True)
     print_report(report, console)
-    console.print(f"\n{job.output}", style="dim")
+    for what, line in _next_steps(job, [result.status for result in report.results]):
+        console.print(f"{what:<10} {line}", style="dim", soft_wrap=True)
     if as_json:
         from vit_export.runtime.report_schema import encode
 
         sys.stdout.buffer.write(encode(report))
     raise typer.Exit(pipeline.exit_code(report, max_drop=job.max_drop, require_run=job.require_run))
+
+
+def _next_steps(job: ExportJob, states: list[str]) -> list[tuple[str, str]]:
+    """Where the result is and what to do with it."""
+    output = job.output.relative_to(Path.cwd()) if job.output.is_relative_to(Path.cwd()) else job.output
+    steps = [("\nreport", str(output / "report.html"))]
+    if (job.output / "bundle").is_dir():
+        bundle = shlex.quote(str(output / "bundle"))
+        steps.append(("on device", f"vit-export verify {bundle}"))
+    if "failed" in states:
+        steps.append(("diagnose", "vit-export doctor"))
+    return steps
 
 
 @app.command()
@@ -226,12 +260,16 @@ def report(
 @app.command()
 def doctor() -> None:
     """Which targets can be built and run here, with versions and known faults."""
+    from rich.padding import Padding
+    from rich.text import Text
+
     from vit_export.runtime.console import make_console, plain_table
     from vit_export.runtime.doctor import diagnose
     from vit_export.runtime.environment import collect
 
     here, console = collect(), make_console()
-    console.print(f"{here.cpu}, {here.cores} cores, {' '.join(here.cpu_features) or 'no int8 features'}")
+    features = " ".join(here.cpu_features) or "no int8 instructions"
+    console.print(f"{here.cpu}, {here.cores} cores, {features}\n{here.os}, Python {here.python}\n")
     found = diagnose()
     yes = {True: "yes", False: "no"}
     body = [
@@ -240,8 +278,10 @@ def doctor() -> None:
     ]
     console.print(plain_table(("target", "builds", "runs", "installed"), body))
     for d in found:
-        for line in (*((d.problem,) if d.problem else ()), *((d.fix,) if d.fix else ()), *d.notes):
-            console.print(f"{d.target}: {line}", soft_wrap=True)
+        if lines := list(filter(None, (d.problem, d.fix, *d.notes))):
+            console.print(f"\n{d.target}")
+            for line in lines:
+                console.print(Padding(Text(line), (0, 0, 0, 2)))
 
 
 @app.command()
@@ -266,7 +306,7 @@ def _shown(size: Size | None) -> str:
 
 app.command()(verify)
 app.command()(gate)
-app.command()(attention)
+app.command("attention")(attention_command)
 
 
 def _plain(error: Exception) -> str:

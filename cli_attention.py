@@ -17,7 +17,7 @@ def attention(
         Path | None, typer.Option(help="safetensors or state dict to load over the model")
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="download the model's weights")] = False,
-    num_classes: Annotated[int | None, typer.Option(min=0)] = None,
+    num_classes: Annotated[int | None, typer.Option(min=0, help="of the head; 0 for none")] = None,
     image_size: Annotated[str | None, typer.Option(help="N or HxW")] = None,
     calib: Annotated[
         Path | None, typer.Option(help="calibration images; without them only FP32 is shown")
@@ -29,10 +29,14 @@ def attention(
     ] = None,
     target: Annotated[str, typer.Option(help="whose int8 is shown")] = "onnx",
     limit: Annotated[int, typer.Option(min=1, help="images taken from a folder or .npz")] = 4,
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("vit-export-attention"),
-    seed: Annotated[int, typer.Option()] = 0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder of attention.html and the pictures")
+    ] = Path("vit-export-attention"),
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="traceback with errors")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="a line a stage; traceback with errors")
+    ] = False,
 ) -> None:
     """Draw the class token's attention and its rollout over images, FP32 beside int8 and their difference.
 
@@ -48,8 +52,8 @@ def attention(
 
     options = locals()
     console = make_console()
-    with progress_display(console, quiet) as notify:
-        notify("import", 0, 1)
+    with progress_display(console, quiet, verbose) as notify:
+        notify("import PyTorch", 0, 1)
         from vit_export import attention_job as attending
 
         found = attending.run(attention_job(options), images or [], limit, notify)

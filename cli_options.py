@@ -58,6 +58,7 @@ def export_job(options: Mapping[str, Any]) -> ExportJob:
         require_run=options["require_run"],
         bundle_images=options["bundle_images"] if options["bundle"] else None,
         zipped=options["zipped"],
+        attention=options["attention"],
         options=extra,
     )
 

@@ -22,7 +22,9 @@ def verify(
         list[str] | None, typer.Option(help="only these of the bundle's targets; repeat for several")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="of every runtime; 0: all physical cores")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("vit-export-verify"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder of the report, and of what was built here")
+    ] = Path("vit-export-verify"),
     max_drop: Annotated[
         float | None, typer.Option(help="top-1 points an artifact may lose; more gives exit 1")
     ] = None,
@@ -43,7 +45,9 @@ def verify(
     host_timeout: Annotated[float, typer.Option(min=1, help="seconds a host may take in all")] = 3600,
     json: Annotated[bool, typer.Option("--json", help="report.json on stdout, the rest on stderr")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="traceback with errors")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="a line a stage with its time; traceback with errors")
+    ] = False,
 ) -> None:
     """Judge a bundle's artifacts on this machine or, with --host, on others over SSH.
 
@@ -60,24 +64,28 @@ def verify(
         from vit_export.runtime.remote_ssh import SshOptions
 
         options = SshOptions(python=python, keep=keep, config=ssh_config, timeout=host_timeout)
-        code = _on_hosts(bundle, job, output.absolute(), host, options, console, quiet=shown, as_json=json)
+        code = _on_hosts(
+            bundle, job, output.absolute(), host, options, console, quiet=shown, verbose=verbose, as_json=json
+        )
     else:
-        code = _here(bundle, job, output.absolute(), console, quiet=shown, as_json=json)
+        code = _here(bundle, job, output.absolute(), console, quiet=shown, verbose=verbose, as_json=json)
     raise typer.Exit(code)
 
 
-def _here(path: Path, job: VerifyJob, output: Path, console: Console, *, quiet: bool, as_json: bool) -> int:
+def _here(
+    path: Path, job: VerifyJob, output: Path, console: Console, *, quiet: bool, verbose: bool, as_json: bool
+) -> int:
     from vit_export.runtime.bundle_open import open_bundle
     from vit_export.runtime.console import print_device, print_report
     from vit_export.runtime.verify import exit_code, verify, workspace
     from vit_export.terminal import progress_display
 
-    with progress_display(console, quiet) as notify, workspace(output) as work:
+    with progress_display(console, quiet, verbose) as notify, workspace(output) as work:
         notify("check hashes", 0, 1)
         report = verify(open_bundle(path, work), job, output, work, _command(), notify)
     print_report(report, console)
     print_device(report, console)
-    console.print(f"\n{output}", style="dim")
+    console.print(f"\nreport     {output / 'report.html'}", style="dim", soft_wrap=True)
     if as_json:
         _print_json(report)
     return exit_code(report, job)
@@ -92,6 +100,7 @@ def _on_hosts(
     console: Console,
     *,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> int:
     from vit_export.runtime.bundle_open import open_bundle
@@ -103,7 +112,7 @@ def _on_hosts(
 
     assert isinstance(options, SshOptions)
     hosts = parse_hosts(names)
-    with progress_display(console, quiet) as notify, workspace(output) as work:
+    with progress_display(console, quiet, verbose) as notify, workspace(output) as work:
         notify("check hashes", 0, 1)
         bundle = open_bundle(path, work)
         check_targets(bundle, job)

@@ -29,6 +29,7 @@ class ExportJob:
     max_drop: points of top-1; when it is None the default limit informs the verdict but not the exit code.
     batch_size: fixes the batch of the artifacts; None keeps it dynamic and measures at batch 1.
     bundle_images: evaluation images bundle/ carries at most, None for no bundle; zipped: also bundle.zip.
+    attention: evaluation images whose attention is drawn.
     options: what only one target understands, by its own names.
     """
 
@@ -54,6 +55,7 @@ class ExportJob:
     require_run: bool = False
     bundle_images: int | None = 256
     zipped: bool = False
+    attention: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property

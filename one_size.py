@@ -19,9 +19,12 @@ from vit_export.artifacts import (
     QuantPlan,
     Runnable,
 )
+from vit_export.attention_job import AttentionJob
 from vit_export.build_size import Calibrated, Samples, SizeBuilder, calibrated
 from vit_export.calibration.checks import inspect
 from vit_export.calibration.preprocess import batches, write_pixels
+from vit_export.calibration.record import encode as encode_record
+from vit_export.calibration.record import record
 from vit_export.errors import ParityError, VitExportError
 from vit_export.export.half_range import half_overflows, overflow_words
 from vit_export.export.program import PARITY, save_baseline, trace
@@ -30,6 +33,7 @@ from vit_export.export.target import Target
 from vit_export.job import ExportJob, ImageSources, first_images, synthetic_pixels
 from vit_export.runtime.accuracy import compare, predictions, score
 from vit_export.runtime.bundle import SizeImages
+from vit_export.runtime.files import write_atomic
 from vit_export.runtime.inference import Prediction, predict
 from vit_export.runtime.latency import Timings, alternate
 from vit_export.runtime.profiles import profiled
@@ -38,6 +42,7 @@ from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageL
 from vit_export.runtime.verdict import judged
 
 _HALF_IMAGES = 8  # images on which an overflow of float16 is looked for
+_RECORDED = 32  # calibration images whose histograms the report shows
 _BLAME_IMAGES = 32  # images on which losses are split by stage
 _BASELINE = "pytorch"
 
@@ -57,6 +62,7 @@ class Outcome:
     doubts: tuple[str, ...]
     notes: tuple[str, ...]
     carried: SizeImages
+    attention: AttentionJob | None = None
     built: tuple[BuiltArtifact | None, ...] = ()
     outputs: Mapping[str, Logits] = dataclasses.field(default_factory=dict)
 
@@ -121,6 +127,7 @@ class OneSize:
             doubts,
             self.model.notes,
             SizeImages(evaluation, reference.logits, summary, opened),
+            self._attention(program, plan, evaluation) if self.job.attention else None,
             tuple(None if isinstance(item, Result) else item[1] for item in built),
             self.outputs,
         )
@@ -138,8 +145,11 @@ class OneSize:
         source = self.sources.evaluation if which == "eval" else self.sources.calibration
         if source is None:
             return synthetic_pixels(self.model.preprocessing, path, self.job.seed)
-        self.notify(f"preprocess {which} images", 0, len(source))
-        return write_pixels(source, self.model.preprocessing, path)
+        stage, total = f"preprocess {which} images", len(source)
+        self.notify(stage, 0, total)
+        return write_pixels(
+            source, self.model.preprocessing, path, progress=lambda done: self.notify(stage, done, total)
+        )
 
     def _overflows(self, program: Program, images: EvalSet) -> tuple[str, ...]:
         """Where float16 overflows on the first images, if any artifact computes in it."""
@@ -154,7 +164,22 @@ class OneSize:
         if Precision.INT8 not in self.job.precisions:
             return None
         name = "plan.json" if len(self.job.image_sizes) < 2 else f"plan-{self._name}.json"
-        return calibrated(self.job, program, self._pixels("calib"), self.job.output / name, self.notify)
+        known = calibrated(self.job, program, self._pixels("calib"), self.job.output / name, self.notify)
+        few = first_images(known.images, _RECORDED, self.work / f"recorded-{self._name}.npy")
+        self.notify("record histograms", 0, 1)
+        step = 8 if program.dynamic_batch else program.batch_size
+        found = record(program, batches(few, step), known.ranges)
+        write_atomic(self.job.output / name.replace("plan", "calibration"), encode_record(found))
+        return known
+
+    def _attention(self, program: Program, plan: QuantPlan | None, images: EvalSet) -> AttentionJob:
+        few = first_images(images, self.job.attention, self.work / f"attention-{self._name}.npy")
+        quantized, int8 = None, "not shown: int8 was not asked for"
+        if plan is not None:
+            target = self.targets[0]
+            quantized = quantize(program, plan, target.profile(Precision.INT8, self.job.options))
+            int8 = f"as for {target.name}, {plan.method} on {plan.images} images"
+        return AttentionJob(program, quantized, few, int8, not self._embeddings)
 
     def _samples(self, calibration: Calibrated | None, evaluation: EvalSet) -> Samples:
         """What shows a target the numbers inside its graph: calibration images, else those at hand."""

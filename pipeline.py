@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
+from vit_export import attention_job
 from vit_export.artifacts import EvalSet, LoadedModel, Logits, Precision, Runnable
 from vit_export.build_size import export
 from vit_export.calibration.checks import check_labels
@@ -33,7 +34,7 @@ from vit_export.export.targets import target_named
 from vit_export.job import ExportJob, ImageSources, open_sources
 from vit_export.models import adapt, load
 from vit_export.one_size import OneSize, Outcome
-from vit_export.runtime import report_files
+from vit_export.runtime import beside, report_files, thumbnails
 from vit_export.runtime.accuracy import compare, predictions
 from vit_export.runtime.bundle import write_bundle
 from vit_export.runtime.environment import collect as environment
@@ -60,7 +61,8 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
     for target in targets:
         target.require()
     with _workspace(job.output) as work:
-        notify("load", 0, 1)
+        beside.clear(job.output)
+        notify(f"download {job.model}" if job.load.pretrained else f"load {job.model}", 0, 1)
         model = load(job.model, job.load)
         sources = open_sources(job)
         for source in sources.all():
@@ -70,7 +72,8 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
             for size in job.image_sizes or (model.image_size,)
         ]
         outcomes = shared(job, targets, outcomes, work, notify)
-        report = _report(job, command, model, sources, outcomes)
+        problem = _attention(job, model, outcomes, notify)
+        report = _report(job, command, model, sources, outcomes, problem)
         if job.bundle_images is not None and any(result.artifact for result in report.results):
             notify("bundle", 0, 1)
             carried = [outcome.carried for outcome in outcomes]
@@ -78,6 +81,7 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
                 report, carried, job.output,
                 images=job.bundle_images, batch_size=job.batch_size, zipped=job.zipped,
             )  # fmt: skip
+        thumbnails.write(report, [outcome.evaluation for outcome in outcomes], job.output)
         report_files.write(report, job.output)
     return report
 
@@ -124,16 +128,26 @@ def _workspace(output: Path) -> Iterator[Path]:
             output.rmdir()
 
 
+def _attention(
+    job: ExportJob, model: LoadedModel, outcomes: Sequence[Outcome], notify: ProgressCallback
+) -> tuple[str, ...]:
+    """Draw the attention that was asked for; what could not be shown, as notes."""
+    jobs = [outcome.attention for outcome in outcomes if outcome.attention is not None]
+    problem = attention_job.try_write(jobs, model.spec, job.output, notify) if jobs else ""
+    return (problem,) if problem else ()
+
+
 def _report(
     job: ExportJob,
     command: str,
     model: LoadedModel,
     sources: ImageSources,
     outcomes: Sequence[Outcome],
+    problems: tuple[str, ...] = (),
 ) -> Report:
     first = outcomes[0]
     notes = (*model.notes, f"output: {model.output}", *sources.notes)
-    notes += tuple(n for o in outcomes for n in (*o.notes, *o.program.notes, *o.doubts))
+    notes += tuple(n for o in outcomes for n in (*o.notes, *o.program.notes, *o.doubts)) + problems
     return Report(
         created=datetime.now(timezone.utc),
         command=command,

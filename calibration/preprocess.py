@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -68,11 +68,19 @@ def _offset(resized: int, crop: int) -> int:
     return round((resized - crop) / 2) if resized >= crop else -((crop - resized) // 2)
 
 
-def write_pixels(source: ImageSource, contract: Preprocessing, path: Path) -> EvalSet:
+def write_pixels(
+    source: ImageSource,
+    contract: Preprocessing,
+    path: Path,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> EvalSet:
     """Preprocess every image of a source into `path`, a .npy of uint8 [N, H, W, 3], one image at a time.
 
     Broken images are left out, with their labels, and named in `skipped`. The file appears whole or not
-    at all. Raises InputError when more than 5 % of the images are broken.
+    at all. progress: called with the number of images done.
+
+    Raises InputError when more than 5 % of the images are broken.
     """
     good: list[int] = []
     bad: dict[int, BadImage] = {}
@@ -88,6 +96,8 @@ def write_pixels(source: ImageSource, contract: Preprocessing, path: Path) -> Ev
                     good.append(index)
                 except BadImage as problem:
                     bad[index] = problem
+                if progress is not None:
+                    progress(index + 1)
             _check_bad(source, bad)
             _write_header(file, len(good), contract)
         temporary.replace(path)

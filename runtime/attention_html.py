@@ -37,7 +37,7 @@ def parts(found: AttentionFile, output: Path) -> Iterator[Node | None]:
     headers, body = table_of(found)
     chart = divergence(found) if available() else None
     yield el("div", chart, class_="charts") if chart is not None else None
-    yield table("Attention layers", headers, body)
+    yield table("Attention layers", headers, body, numbers=False)
     for image in found.images:
         yield _image(image, output / FOLDER)
 

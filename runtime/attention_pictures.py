@@ -51,7 +51,8 @@ def heat(values: Floats, stops: Sequence[str] = INFERNO) -> Bytes:
     place = np.clip(values, 0, 1) * (len(table) - 1)
     low = np.minimum(place.astype(np.int64), len(table) - 2)
     part = (place - low)[..., None]
-    return np.rint(table[low] * (1 - part) + table[low + 1] * part).astype(np.uint8)
+    colours: Bytes = np.rint(table[low] * (1 - part) + table[low + 1] * part).astype(np.uint8)
+    return colours
 
 
 def overlay(pixels: Bytes, colours: Bytes, side: int) -> Image.Image:

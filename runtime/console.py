@@ -62,12 +62,19 @@ def print_device(report: Report, console: Console) -> None:
 
 
 def result_table(report: Report) -> Table:
-    """Baseline first, then artifacts; see report_cells.HEADERS. ~ marks an unstable latency."""
+    """Baseline first, then artifacts; see report_cells.HEADERS. ~ marks an unstable latency.
+
+    Names leave out the image size where all have the same, so that four targets fit 80 columns.
+    """
+    sizes = {baseline.image_size for baseline in (report.baseline, *report.more_baselines)}
+    sizes |= {result.image_size for result in report.results}
+    size = "x".join(map(str, sizes.pop())) if len(sizes) == 1 else "-"
     table = _table(HEADERS)
     for column in table.columns[1:-1]:
         column.justify = "right"
     for row in rows(report):
-        *cells, verdict = (printable(cell) for cell in row.cells)
+        name, *cells, verdict = (printable(cell) for cell in row.cells)
+        cells.insert(0, name.removesuffix(f" {size}"))
         stacked = (Text(cell.replace(" [", "\n[")) for cell in cells)  # the interval under the drop
         table.add_row(*stacked, Text(verdict, STYLES.get(row.status, "")))
     return table

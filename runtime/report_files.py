@@ -24,6 +24,7 @@ WRITERS: Mapping[str, tuple[str, str]] = {
     "html": ("report.html", "vit_export.runtime.report_html:render"),
     "junit": ("junit.xml", "vit_export.runtime.report_junit:render"),
 }
+_LOOKS_AROUND = ("html",)  # formats that also show what lies beside the report, see runtime/beside.py
 MAX_BYTES = 256 << 20  # a report of a million images is a tenth of this
 
 
@@ -39,16 +40,20 @@ def write(report: Report, outdir: Path, formats: Iterable[str] = tuple(WRITERS))
     Every format is rendered before the first is written. Raises UsageError for an unknown format or a
     place that cannot be written.
     """
-    rendered = [(outdir / _writer(name)[0], render(report, name)) for name in formats]
+    rendered = [(outdir / _writer(name)[0], render(report, name, outdir)) for name in formats]
     for path, data in rendered:
         write_atomic(path, data)
     return tuple(path for path, _ in rendered)
 
 
-def render(report: Report, format: str) -> bytes:
-    """The report in one of WRITERS. Raises UsageError for another."""
+def render(report: Report, format: str, folder: Path | None = None) -> bytes:
+    """The report in one of WRITERS. folder: where pictures and histograms that belong to it may lie.
+
+    Raises UsageError for another format, InputError for something in the folder that is broken.
+    """
     module, _, name = _writer(format)[1].partition(":")
-    return cast(bytes, getattr(importlib.import_module(module), name)(report))
+    writer = getattr(importlib.import_module(module), name)
+    return cast(bytes, writer(report, folder) if format in _LOOKS_AROUND else writer(report))
 
 
 def read(path: Path) -> Report:

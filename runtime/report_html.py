@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from vit_export.runtime import attention_file, attention_html, calibration_html, flips_html
 from vit_export.runtime import html_figures as figures
 from vit_export.runtime.flips import Flip, confusion, flips
 from vit_export.runtime.html_charts import WITHOUT, available
@@ -15,8 +17,11 @@ MANY = 200  # flipped images listed for one artifact
 _STATES = {True: "passed", False: "failed", None: "undecided"}
 
 
-def render(report: Report) -> bytes:
-    """The report as one HTML file that needs no network."""
+def render(report: Report, folder: Path | None = None) -> bytes:
+    """The report as one HTML file that needs no network, with the pictures that lie in `folder`.
+
+    Raises InputError for a picture or record there that is broken.
+    """
     model = report.model
     facts = (
         model.family,
@@ -27,11 +32,11 @@ def render(report: Report) -> bytes:
     return page(
         f"vit-export: {model.spec}",
         el("header", el("h1", f"vit-export: {model.spec}"), el("p", join(*facts), class_="soft")),
-        el("main", *_sections(report)),
+        el("main", *_sections(report, folder)),
     )
 
 
-def _sections(report: Report) -> Iterator[Node | None]:
+def _sections(report: Report, folder: Path | None) -> Iterator[Node | None]:
     cards = el("div", *(_card(result) for result in report.results), class_="cards")
     yield section("Verdicts", el("p", summary(report), class_="lead"), cards if report.results else None)
     yield section("Results", _results(report), el("p", LEGEND, class_="soft"))
@@ -42,8 +47,12 @@ def _sections(report: Report) -> Iterator[Node | None]:
         None if available() else el("p", WITHOUT),
     )
     yield section("What each stage cost", _stages(report))
-    yield section("Changed predictions", *_changes(report))
+    yield section("Changed predictions", *_changes(report, folder))
     yield section("Layers kept float", items(_kept(report)))
+    if folder is not None:
+        yield section("Calibration", *calibration_html.parts(calibration_html.read(folder)))
+        seen = attention_file.read(folder)
+        yield section("Attention", *attention_html.parts(seen, folder)) if seen else None
     yield section("Images", items(_images(report)))
     yield section("Environment", _environment(report))
     yield section("Device", _device(report))
@@ -120,7 +129,7 @@ def _stages(report: Report) -> Node | None:
     return table(caption, ("artifact", "stage", "SQNR", "% of error", "agreement"), body)
 
 
-def _changes(report: Report) -> Iterator[Node | None]:
+def _changes(report: Report, folder: Path | None) -> Iterator[Node | None]:
     for result in report.results:
         changed = flips(report, result)
         if changed is None:
@@ -129,6 +138,7 @@ def _changes(report: Report) -> Iterator[Node | None]:
         yield el("h3", f"{result.name}: {len(changed)} of {total} images changed class")
         if changed:
             yield el("p", _outcomes(changed))
+            yield flips_html.gallery(result, changed, folder) if folder else None
             yield _matrix(result, changed)
             yield _list(result, changed)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from vit_export.errors import InputError, UsageError
-from vit_export.runtime import report_files, verdict
+from vit_export.runtime import beside, report_files, thumbnails, verdict
 from vit_export.runtime.bundle_open import Bundle
 from vit_export.runtime.device import read_device, throttling
 from vit_export.runtime.environment import collect as environment
@@ -63,6 +63,7 @@ def verify(
     """
     check_targets(bundle, job)
     notify = progress or _silent
+    beside.clear(output)
     before = read_device()
     sizes = [
         OneSize(bundle, stored, job, output, work, notify)
@@ -71,6 +72,8 @@ def verify(
     ]
     results = [size.run() for size in sizes]
     report = _report(bundle, job, sizes, results, before, command)
+    images = [bundle.images(size.stored.evaluation, size.stored.preprocessing) for size in sizes]
+    thumbnails.write(report, images, output)
     report_files.write(report, output)
     return report
 

@@ -54,6 +54,7 @@ def run_export(output: Path, checkpoint: Path | None = None) -> Export:
     job = ExportJob(
         load=LoadOptions(checkpoint=checkpoint), targets=("onnx",), precisions=(Precision.INT8,),
         eval_size=EVAL_IMAGES, bundle_images=BUNDLE_IMAGES, zipped=True, output=output,
+        attention=1,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(one_size, "alternate", brief)

@@ -41,10 +41,11 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """What the page asked for, itself first; the browser's own start page is not the page's doing."""
+        """What the page asked for, itself first; pictures inside it (`data:`) are no requests."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        return [e["request"]["url"] for e in sent if e["documentURL"] == self.driver.current_url]
+        urls = [e["request"]["url"] for e in sent if e["documentURL"] == self.driver.current_url]
+        return [url for url in urls if not url.startswith("data:")]
 
     def run(self, script: str) -> Any:
         return self.driver.execute_script(script)
@@ -56,8 +57,11 @@ class Browser:
         self.driver.switch_to.active_element.send_keys(key)
 
     def focused(self) -> str | None:
-        """The label of what has the focus; None for the body."""
-        label: str | None = self.driver.switch_to.active_element.get_attribute("aria-label")
+        """The label or text of what has the focus; None for the body."""
+        label: str | None = self.run(
+            "const e = document.activeElement;"
+            "return e === document.body ? null : e.getAttribute('aria-label') || e.textContent"
+        )
         return label
 
     def tab(self) -> None:

@@ -11,15 +11,19 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from contracts.sample_report import IMAGES, report
-from vit_export.runtime import comparison, report_files
+from vit_export.artifacts import EvalSet, Preprocessing
+from vit_export.runtime import comparison, report_files, thumbnails
 from vit_export.runtime.report_schema import Gate, PackedIds, Report, StageLoss
 
 PAGES = ("default", "every-kind", "comparison")
 CHARTS = {
-    "default": ["Latency", "Accuracy lost", "Accuracy against latency", "Which stage to blame"],
+    "default": [
+        "Latency", "Accuracy lost", "Accuracy against latency", "Which stage to blame",
+        "Attention changed by int8",
+    ],
     "every-kind": ["Latency", "Accuracy lost", "Accuracy against latency", "Which stage to blame"],
     "comparison": ["Latency", "Accuracy lost"],
-}
+}  # fmt: skip
 HOSTILE = "<script>alert(1)</script><img src='http://127.0.0.1:9/x.png' onerror='alert(2)'>&amp;\"\x1b[31m"
 
 # Each text with its colour and the first opaque colour behind it, as [text, [r, g, b], [r, g, b]].
@@ -55,6 +59,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory, device_export: Any) -> dict[
     """Each page as vit-export writes it."""
     folder = tmp_path_factory.mktemp("pages")
     odd = every_kind()
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 48, 40, 3), dtype=np.uint8)
+    np.save(folder / "pixels.npy", pixels)
+    names = tuple(f"<i>{i}</i>.png" for i in range(IMAGES))
+    thumbnails.write(
+        odd, [EvalSet(folder / "pixels.npy", Preprocessing((224, 224)), IMAGES, names=names)], folder
+    )
     (written,) = report_files.write(odd, folder, ["html"])
     (folder / "a").mkdir()
     report_files.write(odd, folder / "a", ["json"])
@@ -95,7 +105,12 @@ def test_no_console_error_and_no_request(browser, pages, page):
     browser.open(pages[page])
     assert browser.console() == []
     assert browser.requests() == [pages[page].as_uri()]
-    assert browser.count("script, link, img, iframe, [src], [onerror]") == 0
+    assert browser.count("script, link, iframe, [onerror], :not(img)[src]") == 0
+    pictures = browser.run(
+        "return [...document.images].map(i => [i.src.slice(0, 23), i.alt, i.naturalWidth])"
+    )
+    assert bool(pictures) is (page != "comparison")
+    assert all(src == "data:image/jpeg;base64," and alt and width > 9 for src, alt, width in pictures)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -118,9 +133,15 @@ def test_every_chart_is_drawn_whole(browser, pages, page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_keyboard_reaches_and_scrolls_every_table(browser, pages, page):
-    """Tab goes through all tables in order with a visible focus, and the arrow keys scroll a wide one."""
+    """Tab goes through all tables, wide pictures and folded parts in order with a visible focus.
+
+    The arrow keys scroll a wide table.
+    """
     browser.open(pages[page], width=360)
-    regions = browser.run("return [...document.querySelectorAll('table')].map(t => t.caption.innerText)")
+    regions = browser.run("""return [...document.querySelectorAll('.scroll, summary')]
+        .filter(e => e.checkVisibility()).map(e => e.getAttribute('aria-label') || e.textContent)""")
+    tables = browser.run("return [...document.querySelectorAll('table')].map(t => t.caption.innerText)")
+    assert set(tables) <= set(regions)
     reached = []
     for _ in regions:
         browser.tab()
@@ -177,6 +198,32 @@ def test_every_kind_of_row_reads_correctly(browser, pages):
     assert row[1:] == ["-"] * 8 + ["NOT RUN"]
     latency = browser.run("return document.querySelector('figure svg').getAttribute('aria-label')")
     assert "tensorrt" not in latency and "onnx fp16, 2.57x: p50 37.0 ms, p99 74.0 ms" in latency
+
+
+def test_flipped_images_are_shown(browser, pages):
+    """Each changed image is a picture with FP32's class, the artifact's and its file's name."""
+    browser.open(pages["every-kind"])
+    first = browser.run("""return [...document.querySelectorAll('.flips')[0].children].map(
+        li => [li.querySelector('img').alt, li.innerText.split('\\n')])""")
+    assert [alt for alt, _ in first] == [
+        f"image {i}: FP32 {before}, now {now}, label {now}"
+        for i, before, now in ((3, 5, 3), (8, 5, 8), (44, 1, 4))
+    ]
+    assert first[0][1] == ["5 → 3", "gained, label 3", "<i>3</i>.png"]
+
+
+def test_folded_parts_open(browser, pages):
+    """Enter on a summary unfolds histograms and heads; each drawing then has a size and words."""
+    browser.open(pages["default"], width=360)
+    browser.run("document.querySelector('summary').focus()")
+    browser.press(Keys.ENTER)
+    drawn = browser.run("""return [...document.querySelectorAll('.histograms li')].map(li => {
+        const svg = li.querySelector('svg'), bars = svg.querySelector('.count').getBoundingClientRect();
+        return [svg.getAttribute('aria-label'), bars.width, bars.height]; })""")
+    assert len(drawn) == 18
+    assert all("range" in words and width > 150 and height > 20 for words, width, height in drawn)
+    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.run("return document.documentElement.scrollWidth") <= 360
 
 
 def test_hostile_names_are_shown_as_they_are(browser, pages):
