@@ -105,7 +105,7 @@ def test_colours_and_changes() -> None:
     """The largest weight has the last colour; a small change is enlarged and the sheet has three rows."""
     assert heat(np.float32([0, 1])).tolist() == [[0, 0, 4], [252, 255, 164]]
     one = np.float32([[0.5, 0.25]])
-    assert magnification([Column("a", one, one + np.float32(0.01))]) == 20
+    assert magnification([Column("a", one, one + np.float32(0.01))]) == 50
     assert magnification([Column("a", one, one)]) == 1000 and magnification([Column("a", one, None)]) == 1
     grey = np.full((10, 20, 3), 128, np.uint8)
     alone = sheet(grey, [Column("a", one, None)])
