@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vit_export.runtime import attention_file, attention_html, calibration_html, flips_html
+from vit_export.runtime import attention_file, attention_html, calibration_html, device_html, flips_html
 from vit_export.runtime import html_figures as figures
 from vit_export.runtime.flips import Flip, confusion, flips
 from vit_export.runtime.html_charts import WITHOUT, available
@@ -55,7 +55,7 @@ def _sections(report: Report, folder: Path | None) -> Iterator[Node | None]:
         yield section("Attention", *attention_html.parts(seen, folder)) if seen else None
     yield section("Images", items(_images(report)))
     yield section("Environment", _environment(report))
-    yield section("Device", _device(report))
+    yield section("Device", *(device_html.parts(report.device) if report.device else ()))
     yield section("The command", el("pre", report.command))
 
 
@@ -205,25 +205,3 @@ def _environment(report: Report) -> Node | None:
 
 def _runtime(baseline: Baseline) -> str:
     return join(f"{baseline.runtime} {baseline.precision}", baseline.runtime_version)
-
-
-def _device(report: Report) -> Node | None:
-    """Board, clocks, heat and power before and after; None for a report of the exporting machine."""
-    device = report.device
-    if device is None:
-        return None
-    state = device.before
-    body = [
-        (name, f"{value:g} {unit}", f"{after[name]:g} {unit}" if name in after else "-")
-        for unit, before, after in (
-            ("MHz", state.mhz, device.after.mhz),
-            ("°C", state.celsius, device.after.celsius),
-            ("mW", state.milliwatts, device.after.milliwatts),
-        )
-        for name, value in before.items()
-    ]
-    unread = f"not readable here: {join(*state.unreadable)}" if state.unreadable else ""
-    slowed = f"slowed while measuring: {join(*device.throttled)}" if device.throttled else ""
-    name = join(device.host or "this machine", state.board, state.power_mode, state.governor)
-    readings = table("Readings", ("sensor", "before", "after"), body)
-    return el("div", items((name, unread, slowed)), readings)

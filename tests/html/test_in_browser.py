@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from contracts.sample_report import IMAGES, report
 from vit_export.artifacts import EvalSet, Preprocessing
 from vit_export.runtime import comparison, report_files, thumbnails
-from vit_export.runtime.report_schema import Gate, PackedIds, Report, StageLoss
+from vit_export.runtime.report_schema import Device, DeviceState, Gate, PackedIds, Report, StageLoss
 
 PAGES = ("default", "every-kind", "comparison")
 CHARTS = {
@@ -96,6 +96,16 @@ def every_kind() -> Report:
         command=f"vit-export --model '{HOSTILE}'",
         baseline=msgspec.structs.replace(base.baseline, predictions=PackedIds.pack(before)),
         results=tuple(results),
+        device=Device(
+            before=DeviceState(
+                board="Orin", mhz={"cpu0": 1500.0}, max_mhz={"cpu0": 2200.0}, celsius={"cpu": 50.5}
+            ),
+            after=DeviceState(
+                mhz={"cpu0": 800.0}, celsius={"cpu": 81.0}, throttle_events={"over-current": 3}
+            ),
+            bundle_sha256="2" * 64,
+            throttled=("cpu0: 1500 to 800 MHz",),
+        ),
     )
 
 
@@ -224,6 +234,17 @@ def test_folded_parts_open(browser, pages):
     assert all("range" in words and width > 150 and height > 20 for words, width, height in drawn)
     browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.run("return document.documentElement.scrollWidth") <= 360
+
+
+def test_the_device_is_told_in_full(browser, pages):
+    """Board, every sensor before and after with its limit, and what slowed the device."""
+    browser.open(pages["every-kind"])
+    rows = browser.run(
+        """return [...document.querySelectorAll('tbody tr')].map(r => r.innerText.split('\\t'))"""
+    )
+    assert ["cpu0", "1500 MHz", "800 MHz", "2200 MHz"] in rows
+    assert ["cpu", "50.5 °C", "81 °C", "-"] in rows and ["over-current", "-", "3 events", "-"] in rows
+    assert "board: Orin" in browser.text() and "slowed while measuring" in browser.text()
 
 
 def test_hostile_names_are_shown_as_they_are(browser, pages):
