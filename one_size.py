@@ -42,7 +42,7 @@ from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageL
 from vit_export.runtime.verdict import judged
 
 _HALF_IMAGES = 8  # images on which an overflow of float16 is looked for
-_RECORDED = 32  # calibration images whose histograms the report shows
+_RECORDED = 8  # calibration images whose histograms the report shows
 _BLAME_IMAGES = 32  # images on which losses are split by stage
 _BASELINE = "pytorch"
 
