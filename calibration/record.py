@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vit_export.artifacts import CalibrationRecord, Images, LayerHistogram, Program, Range, Ranges
-from vit_export.calibration.collect import watch
 from vit_export.calibration.histogram import Histogram
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ def record(program: Program, batches: Iterable[Images], ranges: Ranges) -> Calib
 
     Layers that read the same tensor are counted once. Memory: one batch and 16 KiB a layer.
     """
+    from vit_export.calibration.collect import watch
+
     seen, images = watch(program, batches, lambda layer: _Counter())
     compact = {id(counter): counter.compact() for counter in seen.values()}
     layers = tuple(
