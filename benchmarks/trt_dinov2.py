@@ -1,12 +1,13 @@
 """What TensorRT's graphs cost DINOv2-S: SQNR of the FP16 and the int8 graph against FP32 PyTorch.
 
 Real weights (a timm checkpoint of vit_small_patch14_dinov2.lvd142m at 518 px, taken to 224) and views of
-the photos that ship with scikit-image; half of the photos calibrate, the other half are judged. The
+the photos that ship with scikit-image; half of the photos calibrate, the other half are judged. With a
+folder of benchmarks/photos.py its calib/ calibrates and 24 images of its eval/ are judged instead. The
 graphs run in ONNX Runtime without optimisation and with every float16 tensor rounded, so this is the
 graph's own loss, not a runtime's.
 Exits 1 below 55 dB (FP16) or 20 dB (int8 with plain min-max calibration).
 
-    python benchmarks/trt_dinov2.py dinov2_small.safetensors
+    python benchmarks/trt_dinov2.py dinov2_small.safetensors [PHOTOS]
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from vit_export.artifacts import (
     Program,
 )
 from vit_export.calibration.collect import calibrate
+from vit_export.calibration.images import BadImage, open_images
 from vit_export.calibration.observers import MinMaxConfig
 from vit_export.calibration.plan import plan
+from vit_export.calibration.preprocess import to_pixels
 from vit_export.export.peaks import run_graph
 from vit_export.export.program import trace
 from vit_export.export.quantize import quantize
 from vit_export.export.targets.tensorrt_engine import TensorRtTarget
 
 LIMITS_DB = {Precision.FP16: 55.0, Precision.INT8: 20.0}
+_JUDGED = 24
 _PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "immunohistochemistry", "retina")
 
 
@@ -57,6 +61,20 @@ def photos(contract: Preprocessing) -> tuple[Images, Images]:
             views[index % 2] += [small, small[:, ::-1]]
     calibration, judged = (contract.normalize(np.stack(part)) for part in views)
     return calibration, judged
+
+
+def folders(contract: Preprocessing, photos: Path) -> tuple[Images, Images]:
+    """(calibration, judged): all of PHOTOS/calib and every n-th image of PHOTOS/eval, normalised."""
+    calibration, judged = (
+        [
+            to_pixels(image, contract)
+            for image in open_images(photos / part).images()
+            if not isinstance(image, BadImage)
+        ]
+        for part in ("calib", "eval")
+    )
+    every = max(1, len(judged) // _JUDGED)
+    return contract.normalize(np.stack(calibration)), contract.normalize(np.stack(judged[::every][:_JUDGED]))
 
 
 def load(checkpoint: Path) -> LoadedModel:
@@ -79,12 +97,16 @@ def sqnr_db(reference: Logits, other: Logits) -> float:
     return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / noise))
 
 
-def results(model: LoadedModel) -> Iterator[tuple[str, Precision, float, dict[str, object]]]:
+def results(
+    model: LoadedModel, images: tuple[Images, Images]
+) -> Iterator[tuple[str, Precision, float, dict[str, object]]]:
     """(what, precision, SQNR in dB, facts of the build) for each graph."""
-    calibration, judged = photos(model.preprocessing)
+    calibration, judged = images
     program = trace(model)
     target = TensorRtTarget()
-    ranges = calibrate(program, [calibration], MinMaxConfig())
+    ranges = calibrate(
+        program, [calibration[i : i + 8] for i in range(0, len(calibration), 8)], MinMaxConfig()
+    )
     int8 = quantize(program, plan(ranges, program.layers), target.profile(Precision.INT8, {}))
     with torch.inference_mode():
         reference = program.graph(torch.from_numpy(judged)).numpy()
@@ -108,7 +130,10 @@ def main() -> None:
     """Print the table; see the module."""
     failed = False
     print(f"{'graph':32} {'SQNR dB':>8}  {'attention':46} {'float32 islands':>15}  build s")
-    for what, precision, quality, details in results(load(Path(sys.argv[1]))):
+    model = load(Path(sys.argv[1]))
+    contract = model.preprocessing
+    images = folders(contract, Path(sys.argv[2])) if len(sys.argv) > 2 else photos(contract)
+    for what, precision, quality, details in results(model, images):
         kept, seconds = details["kept_float32"], details["build_seconds"]
         assert isinstance(kept, dict)
         words = str(details.get("int8_attention", ""))

@@ -40,8 +40,9 @@ def _pvt(size: int) -> nn.Module:
     from transformers import PvtConfig, PvtForImageClassification
 
     config = PvtConfig(
-        image_size=size, depths=[1, 1, 1, 1], hidden_sizes=[16, 16, 32, 32],
-        num_attention_heads=[1, 1, 2, 2], num_labels=10,
+        image_size=size, num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[16, 32], mlp_ratios=[2, 2],
+        num_attention_heads=[1, 2], patch_sizes=[4, 2], strides=[4, 2], sequence_reduction_ratios=[4, 1],
+        num_labels=10,
     )  # fmt: skip
     return _Logits(PvtForImageClassification(config))
 
