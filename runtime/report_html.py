@@ -49,6 +49,7 @@ def _sections(report: Report, folder: Path | None) -> Iterator[Node | None]:
     yield section("What each stage cost", _stages(report))
     yield section("Changed predictions", *_changes(report, folder))
     yield section("Layers kept float", items(_kept(report)))
+    yield section("How the artifacts were made", items(_notes(report)))
     if folder is not None:
         yield section("Calibration", *calibration_html.parts(calibration_html.read(folder)))
         seen = attention_file.read(folder)
@@ -173,6 +174,15 @@ def _kept(report: Report) -> Iterator[str]:
     for result in report.results:
         if result.kept_float:
             yield f"{result.name}: {', '.join(result.kept_float)}"
+
+
+def _notes(report: Report) -> Iterator[str]:
+    """What a user should know of each artifact; what is said of several is said once."""
+    named: dict[str, list[str]] = {}
+    for result in report.results:
+        for note in result.notes:
+            named.setdefault(note, []).append(result.name)
+    yield from (f"{', '.join(names)}: {note}" for note, names in named.items())
 
 
 def _images(report: Report) -> Iterator[str]:

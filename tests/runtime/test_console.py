@@ -9,6 +9,7 @@ from rich.cells import cell_len
 
 from contracts.sample_report import latency, report, result
 from vit_export.artifacts import Precision
+from vit_export.runtime import report_html, report_markdown
 from vit_export.runtime.console import gate_table, make_console, plain_table, print_report
 from vit_export.runtime.gate import gate
 from vit_export.runtime.report_cells import HEADERS, milliseconds, number, printable, rows
@@ -107,3 +108,18 @@ def test_plain_table_lists_text(monkeypatch: pytest.MonkeyPatch):
     assert lines[0].strip() == "models"
     assert max(map(len, lines)) <= 80
     assert out.getvalue().count("word") == 40
+
+
+def test_notes_are_whole_lines_and_said_once(monkeypatch: pytest.MonkeyPatch):
+    """A command to copy is not broken; what is said of several artifacts comes once, in every format."""
+    command = "with TensorRT 10: trtexec " + " ".join(f"--option{i}=value" for i in range(20))
+    made = report(
+        result(notes=("its own \x1b[31mwarning",)),
+        result(target="tensorrt", notes=(command,)),
+        result(target="tensorrt", precision=Precision.FP16, notes=(command,)),
+    )
+    lines = printed(made, monkeypatch).splitlines()
+    assert lines.count(f"  {command}") == 1 and "  its own warning" in lines
+    page = report_html.render(made).decode()
+    assert page.count("--option19=value") == 1 and "its own warning" in page
+    assert report_markdown.render(made).decode().count("--option19=value") == 2  # under each verdict
