@@ -51,7 +51,7 @@ def run(job: ExportJob, images: Sequence[Path], most: int, notify: ProgressCallb
     """
     sources = [_open(path, most, job.seed) for path in images or _embedded(job)]
     notify(f"download {job.model}" if job.load.pretrained else f"load {job.model}", 0, 1)
-    model = load(job.model, job.load)
+    model = load(job.model, job.load_options)
     model = adapt(model, job.image_sizes[0], job.adapt) if job.image_sizes else model
     notify("trace", 0, 1)
     program = trace(model)

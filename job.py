@@ -59,6 +59,11 @@ class ExportJob:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def load_options(self) -> LoadOptions:
+        """How to load the model, with the first image size as a hint for one that states none."""
+        return self.load if not self.image_sizes else replace(self.load, image_size=self.image_sizes[0])
+
+    @property
     def limits(self) -> Limits:
         """The limits verdicts are judged by."""
         return Limits() if self.max_drop is None else Limits(max_drop=self.max_drop)

@@ -63,7 +63,7 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
     with _workspace(job.output) as work:
         beside.clear(job.output)
         notify(f"download {job.model}" if job.load.pretrained else f"load {job.model}", 0, 1)
-        model = load(job.model, job.load)
+        model = load(job.model, job.load_options)
         sources = open_sources(job)
         for source in sources.all():
             check_labels(source, model.num_classes)

@@ -25,6 +25,10 @@ _NO_OPS = (
     aten._assert_async.msg,
 )
 _CASTS = (aten.to.dtype, aten.type_as.default, aten._to_copy.default)
+# Operators that copy only shape, type and device from their input → the value they fill with.
+_FILLED = {
+    aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.zeros_like.default: 0, aten.ones_like.default: 1
+}  # fmt: skip
 _RANDOM = (aten.rand.default, aten.randn.default, aten.rand_like.default, aten.bernoulli.p)
 
 
@@ -78,6 +82,8 @@ def _evaluate(
 ) -> Tensor | tuple[Tensor, ...] | None:
     if node.op == "get_attr":
         return edit.tensor(node)
+    if node.target in _FILLED:
+        return _filled(node)
     inputs = node.all_input_nodes
     if not callable(node.target) or node.target in _RANDOM or any(i not in known for i in inputs):
         return None
@@ -87,6 +93,14 @@ def _evaluate(
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
         value = node.target(*args, **kwargs)
     return tuple(value) if isinstance(value, list) else value if isinstance(value, Tensor | tuple) else None
+
+
+def _filled(node: Node) -> Tensor | None:
+    """The zeros or ones of a `new_zeros` (torchvision's shift mask), None where the batch is in its shape."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not _static(tuple(value.shape)):
+        return None
+    return torch.full(tuple(value.shape), _FILLED[node.target], dtype=value.dtype)  # type: ignore[index]
 
 
 def _makes_tensor(node: Node) -> bool:
@@ -128,6 +142,34 @@ def fold_layer_scale(edit: Edit) -> None:
             break
 
 
+def flatten_attention(edit: Edit) -> None:
+    """Bring attention over five dimensions (Twins' and Hiera's windows) to the four that exporters take.
+
+    [batch, windows, heads, tokens, channels] become [batch * windows, heads, tokens, channels] and back.
+    """
+    for node in edit.nodes(aten.scaled_dot_product_attention.default):
+        values = [arg.meta.get("val") for arg in node.args[:3] if isinstance(arg, Node)]
+        shapes = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
+        masked = _arg(node, 3) is not None or node.kwargs.get("attn_mask") is not None
+        if masked or len(shapes) != 3 or any(len(s) != 5 or not _static(s[1:]) for s in shapes):
+            continue
+        flat = [
+            edit.call(node, aten.reshape.default, arg, [-1, *shape[2:]])
+            for arg, shape in zip(node.args[:3], shapes, strict=True)
+        ]
+        node.args = (*flat, *node.args[3:])
+        with edit.graph.inserting_after(node):
+            back = edit.graph.call_function(aten.reshape.default, (node, [-1, *shapes[0][1:4], shapes[2][4]]))
+        back.meta = dict(node.meta)
+        node.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        for user in set(node.users) - {back}:
+            user.replace_input_with(node, back)
+
+
+def _static(shape: tuple[object, ...]) -> bool:
+    return all(isinstance(side, int) for side in shape)
+
+
 def _scale_outputs(edit: Edit, node: Node, factor: Tensor, bias: Tensor | None) -> None:
     """Multiply the output channels of a linear or convolution and set its bias; shared weights are split."""
     weight = edit.tensor(node.args[1])
@@ -158,4 +200,6 @@ def _arg(node: Node, index: int) -> object:
     return node.args[index] if len(node.args) > index else None
 
 
-FOLDS: tuple[Callable[[Edit], None], ...] = (drop_no_ops, fold_constants, fold_batch_norm, fold_layer_scale)
+FOLDS: tuple[Callable[[Edit], None], ...] = (
+    drop_no_ops, fold_constants, flatten_attention, fold_batch_norm, fold_layer_scale
+)  # fmt: skip

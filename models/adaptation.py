@@ -29,11 +29,13 @@ def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> 
     config = config or AdaptConfig()
     resizers.find(model.module, model.image_size, config).geometry().check(size, model.spec)
     module = deepcopy(model.module)
-    notes = resizers.find(module, model.image_size, config).resize(size, config, model.spec)
     try:
+        notes = resizers.find(module, model.image_size, config).resize(size, config, model.spec)
         output = run(module, size, batch=1)
     except InputError as error:
-        raise BadSize(show(size), model.spec, error.message, []) from error
+        raise _unfit(model, size, error.message) from error
+    except (AssertionError, ValueError, RuntimeError) as error:  # a library's own check of the size
+        raise _unfit(model, size, str(error) or type(error).__name__) from error
     if not torch.isfinite(output).all():
         raise NumericsError(f"{model.spec} gives NaN or Inf at {show(size)}")
     return replace(
@@ -42,3 +44,9 @@ def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> 
         preprocessing=model.preprocessing.at(size),
         notes=(*model.notes, *notes),
     )
+
+
+def _unfit(model: LoadedModel, size: Size, reason: str) -> BadSize:
+    """The model's code refuses a size that its geometry allows: only its own is known to work."""
+    line = reason.strip().splitlines()[0]
+    return BadSize(show(size), model.spec, f"{line}; its own {show(model.source_image_size)} works", [])

@@ -83,7 +83,8 @@ def describe(spec: str) -> ModelRow:
     if not timm.is_model(name):
         raise UsageError(f"timm has no model {name!r}", "vit-export models PATTERN lists them")
     with torch.device("meta"):
-        resizer = resizers.find(timm.create_model(name, pretrained=False))
+        size = timm.get_pretrained_cfg(name).input_size[1:]
+        resizer = resizers.find(timm.create_model(name, pretrained=False), tuple(size))
     geometry: Geometry = resizer.geometry()
     return ModelRow(spec, geometry.size, geometry.multiple, resizer.scheme())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit_export.artifacts import Interpolation
+from vit_export.artifacts import Interpolation, Size
 from vit_export.python310 import StrEnum
 
 
@@ -25,6 +25,8 @@ class LoadOptions:
     mean, std, interpolation, crop_pct: override the model's preprocessing.
     pos_embed, prefix_tokens: settle which parameter of a user's own module is its position table and
     how many of its first rows belong to class, distillation or register tokens.
+    image_size: tried first for a user's own module that does not state the size it takes; no more than a
+    hint, since a table or a statement in the module says it better.
     """
 
     checkpoint: Path | None = None
@@ -37,6 +39,7 @@ class LoadOptions:
     trust_remote_code: bool = False
     pos_embed: str | None = None
     prefix_tokens: int | None = None
+    image_size: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)

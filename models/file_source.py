@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vit_export.artifacts import LoadedModel, Preprocessing
+from vit_export.artifacts import LoadedModel, Preprocessing, Size
 from vit_export.errors import InputError, UsageError
 from vit_export.models.checkpoint import load_checkpoint
 from vit_export.models.config import LoadOptions
@@ -31,12 +31,13 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
     script = _run(Path(path))
     module = _make(script, factory, options)
     notes = load_checkpoint(module, options.checkpoint) if options.checkpoint else ()
-    preprocessing, said = _preprocessing(script, module, options)
+    preprocessing, size, said = _preprocessing(script, module, options)
     return finish(
         module,
         family=type(module).__name__,
         preprocessing=preprocessing,
         options=options,
+        size=size,
         notes=(*notes, *said),
     )
 
@@ -86,19 +87,23 @@ def _call(factory: Callable[..., Any], name: str, options: LoadOptions) -> Any:
 
 def _preprocessing(
     script: ModuleType, module: nn.Module, options: LoadOptions
-) -> tuple[Preprocessing, tuple[str, ...]]:
+) -> tuple[Preprocessing, Size | None, tuple[str, ...]]:
+    """The contract, the image size where the file or timm states one, and what was assumed."""
     own = getattr(script, "preprocessing", None)
     if own is not None:
         try:
-            return (own if isinstance(own, Preprocessing) else Preprocessing(**own)), ()
+            stated = own if isinstance(own, Preprocessing) else Preprocessing(**own)
         except TypeError as error:
             raise InputError(f"preprocessing in {script.__name__}.py: {error}") from error
+        return stated, stated.size, ()
     for part in module.modules():
         if hasattr(part, "pretrained_cfg"):
             from vit_export.models.timm_source import preprocessing_of
 
-            return preprocessing_of(part), ()
-    return assumed(options)
+            of_timm = preprocessing_of(part)
+            return of_timm, of_timm.size, ()
+    preprocessing, notes = assumed(options)
+    return preprocessing, None, notes
 
 
 def _said(error: Exception) -> str:

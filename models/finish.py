@@ -44,7 +44,7 @@ def finish(
         module.float()
     check_finite(module)
     config = AdaptConfig(pos_embed=options.pos_embed, prefix_tokens=options.prefix_tokens)
-    resizer = resizers.find(module, size, config)
+    resizer = resizers.find(module, size, config, options.image_size)
     resizer.prepare()
     geometry = resizer.geometry()
     choice = select_output(module, geometry.size, batch)

@@ -117,11 +117,16 @@ class Several(Resizer):
         return tuple(note for part in self.parts for note in part._resize(size, config))
 
 
-def find(module: nn.Module, size: Size | None = None, config: AdaptConfig | None = None) -> Resizer:
+def find(
+    module: nn.Module,
+    size: Size | None = None,
+    config: AdaptConfig | None = None,
+    hint: Size | None = None,
+) -> Resizer:
     """The Resizer of a module, or of the known models inside it.
 
     size: what the module takes now, where the caller knows. config: a table named in it makes any module
-    a plain one, with that table.
+    a plain one, with that table. hint: what a plain module may take, where nobody knows.
     """
     config = config or AdaptConfig()
     found = tuple(parts(module, size)) if config.pos_embed is None else ()
@@ -129,7 +134,7 @@ def find(module: nn.Module, size: Size | None = None, config: AdaptConfig | None
         return found[0] if len(found) == 1 else Several(module, found)
     from vit_export.models.user_module import PlainModule
 
-    return PlainModule(module, size, config)
+    return PlainModule(module, size, config, hint)
 
 
 def parts(module: nn.Module, size: Size | None = None) -> list[Resizer]:

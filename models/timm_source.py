@@ -30,11 +30,13 @@ def load(name: str, options: LoadOptions) -> LoadedModel:
     with downloading(f"the weights of timm:{name}", options.pretrained):
         module = timm.create_model(name, pretrained=options.pretrained, **classes)
     notes = load_checkpoint(module, options.checkpoint) if options.checkpoint else _origin(module, options)
+    preprocessing = preprocessing_of(module)
     return finish(
         module,
         family=type(module).__module__.rsplit(".", 1)[-1],
-        preprocessing=preprocessing_of(module),
+        preprocessing=preprocessing,
         options=options,
+        size=preprocessing.size,
         num_classes=getattr(module, "num_classes", None),
         notes=notes,
     )

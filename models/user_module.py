@@ -2,8 +2,9 @@
 
 The patch embedding is the first convolution on 3 channels. A table is a float parameter or buffer as wide
 as the embedding whose rows are a few prefix tokens and one row a patch. The number of patches follows from
-the image size where the module says it (`img_size`, `image_size`, ...); otherwise the grid is taken to be
-square, and where several readings remain the module is run to see which image size it takes.
+the image size where the module says it (`img_size`, `image_size`, ...); otherwise from --image-size, where
+a table fits it and the module takes it; otherwise the grid is taken to be square, and where several
+readings remain the module is run to see which image size it takes.
 """
 
 from __future__ import annotations
@@ -31,14 +32,18 @@ _DEFAULT: Size = (224, 224)
 class PlainModule(Resizer):
     """Finds and resamples the position table of a module that no library knows.
 
-    size: the image size where the caller knows it. config.pos_embed and config.prefix_tokens: the user's.
+    size: the image size where the caller knows it. hint: the size to try where nobody does.
+    config.pos_embed and config.prefix_tokens: the user's.
     """
 
     positions = Positions.ABSOLUTE
 
-    def __init__(self, module: nn.Module, size: Size | None, config: AdaptConfig) -> None:
+    def __init__(
+        self, module: nn.Module, size: Size | None, config: AdaptConfig, hint: Size | None = None
+    ) -> None:
         super().__init__(module, size or declared_size(module))
         self._config = config
+        self._hint = hint
         self._patch = _patch_embedding(module)
 
     def scheme(self) -> Positions:
@@ -82,13 +87,34 @@ class PlainModule(Resizer):
         return self._size
 
     def _implied_size(self) -> Size:
+        if self._hint is not None and self._fits(self._hint):
+            return self._hint
         step, readings = self._step(), self._readings()
         sizes = sorted({(t.grid[0] * step[0], t.grid[1] * step[1]) for t in readings})
         if len(sizes) > 1:
             sizes = [size for size in sizes if _takes(self.module, size)] or sizes
         if len(sizes) > 1:
             raise self._ambiguous(readings)
-        return sizes[0] if sizes else _DEFAULT
+        return sizes[0] if sizes else self._guess()
+
+    def _fits(self, size: Size) -> bool:
+        """Whether a table is made for the grid of `size`, and the module takes it."""
+        grid = self._grid(size)
+        made = any(_prefix(tensor.shape[-2], grid) is not None for _, tensor in self._tensors())
+        return made and _takes(self.module, size)
+
+    def _guess(self) -> Size:
+        """The hint or 224x224 for a module without a table. Raises InputError where it takes neither."""
+        if self._hint is not None and _takes(self.module, self._hint):
+            return self._hint
+        try:
+            run(self.module, _DEFAULT)
+        except InputError as error:
+            raise InputError(
+                f"{type(self.module).__name__} does not state its image size; {error.message}",
+                "give the size it was made for: --image-size HxW, or `img_size` on the module",
+            ) from error
+        return _DEFAULT
 
     def _readings(self) -> list[Table]:
         """Every way to read a tensor as a position table that the flags allow; names with `pos` first."""
@@ -107,8 +133,8 @@ class PlainModule(Resizer):
         most = max(_MOST_PREFIX, self._config.prefix_tokens or 0)
         if self._size is not None:
             grid = self._grid(self._size)
-            prefix = rows - grid[0] * grid[1]
-            return [Table(name, grid, prefix)] if 0 <= prefix <= most else []
+            prefix = _prefix(rows, grid, most)
+            return [] if prefix is None else [Table(name, grid, prefix)]
         splits = ((p, square(rows - p)) for p in range(min(most, rows - 1) + 1))
         return [Table(name, grid, prefix) for prefix, grid in splits if grid is not None]
 
@@ -141,6 +167,12 @@ class PlainModule(Resizer):
             f"the position table of {type(self.module).__name__} could be: {listed}",
             "say which: --pos-embed NAME --prefix-tokens N",
         )
+
+
+def _prefix(rows: int, grid: Size, most: int = _MOST_PREFIX) -> int | None:
+    """Prefix tokens of a table of that many rows made for `grid`, None where it is not."""
+    prefix = rows - grid[0] * grid[1]
+    return prefix if 0 <= prefix <= most else None
 
 
 def declared_size(module: nn.Module) -> Size | None:

@@ -15,6 +15,8 @@ from rich.text import Text
 from vit_export.runtime.gate import Check, GateOutcome
 from vit_export.runtime.report_cells import HEADERS, device_facts, number, printable, rows, status, why
 from vit_export.runtime.report_schema import Report
+from vit_export.runtime.sweep import CAPTION, TITLE, sweep
+from vit_export.runtime.sweep import HEADERS as SWEEP_HEADERS
 
 STYLES = {
     "ship": "green", "hold": "red", "not run": "yellow", "baseline": "dim",
@@ -35,10 +37,17 @@ def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The table of results, then each verdict with its reason and notes; notes of several come last, once."""
+    """The table of results, accuracy against resolution, each verdict with its reason and notes.
+
+    Notes of several results come last, once.
+    """
     shared = {note: n for note, n in Counter(n for r in report.results for n in r.notes).items() if n > 1}
     console.print(result_table(report))
     console.print()
+    if lines := sweep(report):
+        console.print(plain_table(SWEEP_HEADERS, lines, TITLE))
+        console.print(CAPTION, style="dim")
+        console.print()
     for result in report.results:
         verdict = status(result)
         console.print(Text.assemble(printable(result.name), " ", (verdict, STYLES.get(verdict, ""))))

@@ -90,8 +90,13 @@ def number(value: float | None, form: str) -> str:
     return text.removeprefix("-") if not any(digit in text for digit in "123456789") else text
 
 
+def shown_size(size: tuple[int, int]) -> str:
+    """`(224, 288)` as users type it: `224x288`."""
+    return f"{size[0]}x{size[1]}"
+
+
 def _baseline_row(baseline: Baseline) -> Row:
-    name = f"{baseline.runtime} {baseline.precision} {_size(baseline.image_size)}"
+    name = f"{baseline.runtime} {baseline.precision} {shown_size(baseline.image_size)}"
     speed = "1.00x" if baseline.latency_ms else NONE
     cells = (name, NONE, *_times(baseline.latency_ms), speed, number(baseline.top1, ".3f"))
     return Row((*cells, *[NONE] * 3, "baseline"), "baseline")
@@ -127,10 +132,6 @@ def _times(latency: Latency | None) -> tuple[str, str]:
         return NONE, NONE
     mark = "~" if latency.unstable else ""
     return mark + milliseconds(latency.p50), milliseconds(latency.p99)
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _three(value: float) -> str:

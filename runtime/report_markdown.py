@@ -15,14 +15,24 @@ from vit_export.runtime.report_cells import (
     why,
 )
 from vit_export.runtime.report_schema import EvalData, Report
+from vit_export.runtime.sweep import CAPTION, TITLE, sweep
+from vit_export.runtime.sweep import HEADERS as SWEEP_HEADERS
 
 _ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\`*|"}}
 
 
 def render(report: Report) -> bytes:
     """The report as GitHub-flavoured Markdown, UTF-8."""
-    sections = [_head(report), _verdicts(report), _data(report), _environment(report), _device(report)]
-    return ("\n\n".join("\n".join(lines) for lines in sections).rstrip() + "\n").encode()
+    sections = [
+        _head(report),
+        _sweep(report),
+        _verdicts(report),
+        _data(report),
+        _environment(report),
+        _device(report),
+    ]
+    texts = ("\n".join(lines) for lines in sections)
+    return ("\n\n".join(text for text in texts if text).rstrip() + "\n").encode()
 
 
 def table(headers: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -53,6 +63,18 @@ def _head(report: Report) -> Iterator[str]:
     )
     yield ""
     yield from table(HEADERS, (row.cells for row in rows(report)))
+
+
+def _sweep(report: Report) -> Iterator[str]:
+    """Accuracy against resolution; nothing for a report of one size."""
+    lines = sweep(report)
+    if not lines:
+        return
+    yield f"## {TITLE}"
+    yield ""
+    yield from table(SWEEP_HEADERS, lines)
+    yield ""
+    yield f"{CAPTION}."
 
 
 def _verdicts(report: Report) -> Iterator[str]:

@@ -111,3 +111,32 @@ def test_constant_chains_become_one_tensor() -> None:
     assert aten.relu_.default not in calls and len(calls) == 2  # mean and one product
     images = torch.randn(2, 3, 4, 4)
     assert relative_difference(module(images), program.graph(images)) < 1e-5
+
+
+class Windows(nn.Module):
+    """Attention inside windows, five dimensions, with a mask made of zeros of the input's kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Conv2d(3, 24, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.qkv(images).unflatten(1, (3, 2, 4)).unflatten(5, (2, 4))  # [N, 3, 2, 4, 8, 2, 4]
+        q, k, v = tokens.permute(1, 0, 5, 2, 4, 6, 3).flatten(4, 5)  # [N, windows, heads, tokens, 4] each
+        mask = images.new_zeros(32)
+        mask[:7] = 2.0
+        x = nn.functional.scaled_dot_product_attention(q, k, v) + mask[:, None]
+        return self.head(x.mean((1, 3)).flatten(1))
+
+
+def test_attention_in_windows_has_four_dimensions_and_a_constant_mask() -> None:
+    """Five-dimensional attention is done in four, new_zeros folds, and the numbers stay for any batch."""
+    module = randomise(Windows())
+    program = trace(loaded(module, (8, 8), classes=5))
+    images = torch.randn(3, 3, 8, 8)
+    assert relative_difference(module(images), program.graph(images)) < 1e-5
+    nodes = [n for n in program.graph.graph.nodes if n.op == "call_function"]
+    assert aten.new_zeros.default not in {n.target for n in nodes}
+    attention = next(n for n in nodes if n.target is aten.scaled_dot_product_attention.default)
+    assert [len(arg.args[1]) for arg in attention.args[:3]] == [4, 4, 4]  # type: ignore[union-attr]

@@ -4,34 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.export import Dim
 
 from contracts.families import FAMILIES, images, shuffled_patches
 from vit_export.models import adapt
 
-# Exporting is what costs time: the default run does the hardest size of each family, the slow run all four.
-_SIZES = [
-    "nonsquare",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("native", "larger", "smaller")),
-]
 cases = pytest.mark.parametrize("family", FAMILIES)
-
-
-@cases
-@pytest.mark.parametrize("kind", _SIZES)
-def test_exports_with_a_dynamic_batch_and_constant_positions(family: str, kind: str) -> None:
-    """The adapted module exports for any batch, computes the same there, and resamples nothing."""
-    case = FAMILIES[family]
-    size = case.sizes()[kind]
-    model = adapt(case.load(), size)
-    batch = Dim("batch")
-    with torch.no_grad():
-        program = torch.export.export(model.module, (images(size),), dynamic_shapes=({0: batch},))
-        other = images(size, batch=3, seed=1)
-        reference, result = model.module(other), program.module()(other)
-    assert (reference - result).abs().max() < 1e-5 * reference.abs().max()
-    targets = [str(node.target) for node in program.graph.nodes]
-    assert not [t for t in targets if "upsample" in t or "interpolate" in t]
 
 
 @cases

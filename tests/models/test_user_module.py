@@ -407,3 +407,63 @@ def test_num_classes_needs_a_factory_that_takes_it(script: Path) -> None:
     """--num-classes is not dropped silently."""
     with pytest.raises(UsageError, match="plain takes no num_classes"):
         load(f"{script}:plain", LoadOptions(num_classes=3))
+
+
+class Wide(Patches):
+    """A table for 24x40 images that no attribute states: 15 rows and no square reading."""
+
+    def __init__(self, grid: Size = (3, 5)) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, grid[0] * grid[1], 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.tokens(x) + self.table).mean(1))
+
+
+def test_a_size_that_no_module_states_is_taken_from_the_command_line() -> None:
+    """--image-size 24x40 is the size of a 3x5 table; without it the error says what to give."""
+    model = loaded(Wide(), image_size=(24, 40))
+    assert (model.source_image_size, model.positions) == ((24, 40), Positions.ABSOLUTE)
+    assert adapt(model, (48, 40)).module.table.shape == (1, 30, 16)  # type: ignore[union-attr]
+    with pytest.raises(InputError, match=r"Wide does not state its image size; .* 224x224") as caught:
+        loaded(Wide())
+    assert "--image-size HxW" in caught.value.hint
+    assert loaded(Patches(), image_size=(48, 32)).image_size == (48, 32)
+
+
+def test_a_size_on_the_command_line_is_only_a_hint() -> None:
+    """A table that is made for another size than asked for is resampled from its own, not misread."""
+    model = loaded(UserVit(), image_size=(48, 48))
+    assert model.source_image_size == (32, 32)
+    assert loaded(LookedUp((32, 48)), image_size=(64, 64)).source_image_size == (32, 48)
+    # 16 rows are 4x4; asked for 24x40 they could be 1 + 3x5, but the module does not take that.
+    assert loaded(Wide((4, 4)), image_size=(24, 40)).source_image_size == (32, 32)
+
+
+def test_what_a_library_refuses_names_the_size_that_works() -> None:
+    """Windows of 7 that do not fit are the model's own complaint, in one line with its own size."""
+
+    class Windows(Patches):
+        img_size = 56
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[2] % 56 == 0, "height must be divisible by window (7)"
+            return self.head(self.tokens(x).mean(1))
+
+    with pytest.raises(BadSize, match=r"divisible by window \(7\); its own 56x56 works"):
+        adapt(loaded(Windows()), (64, 56))
+
+
+def test_the_size_in_a_files_preprocessing_is_the_models(tmp_path: Path) -> None:
+    """A file that states its preprocessing states the size its module takes."""
+    path = tmp_path / "wide.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\npreprocessing = {'size': (24, 40)}\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.stem, self.table = nn.Conv2d(3, 8, 8, 8), nn.Parameter(torch.randn(1, 15, 8))\n"
+        "    def forward(self, x):\n"
+        "        return (self.stem(x).flatten(2).transpose(1, 2) + self.table).mean(1)\n"
+    )
+    assert load(f"{path}:Net").source_image_size == (24, 40)

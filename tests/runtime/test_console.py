@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import msgspec
 import pytest
 from rich.cells import cell_len
 
@@ -13,6 +14,8 @@ from vit_export.runtime import report_html, report_markdown
 from vit_export.runtime.console import gate_table, make_console, plain_table, print_report
 from vit_export.runtime.gate import gate
 from vit_export.runtime.report_cells import HEADERS, milliseconds, number, printable, rows
+from vit_export.runtime.report_schema import Data
+from vit_export.runtime.sweep import sweep
 
 
 def printed(made, monkeypatch: pytest.MonkeyPatch, **env: str) -> str:
@@ -123,3 +126,34 @@ def test_notes_are_whole_lines_and_said_once(monkeypatch: pytest.MonkeyPatch):
     page = report_html.render(made).decode()
     assert page.count("--option19=value") == 1 and "its own warning" in page
     assert report_markdown.render(made).decode().count("--option19=value") == 2  # under each verdict
+
+
+def swept():
+    """Two sizes, the larger first, one artifact each and one that was not run."""
+    small = {"image_size": (96, 128), "top1": 0.911, "agreement": 0.954, "latency_ms": latency(11.0)}
+    baseline = report().baseline
+    less = msgspec.structs.replace(baseline, image_size=(96, 128), top1=0.913, latency_ms=latency(30.0))
+    not_run = {"target": "coreml", "status": "not_run", "top1": None, "latency_ms": None}
+    results = (result(), result(**small), result(**small | not_run))
+    return report(*results, more_baselines=(less,))
+
+
+def test_accuracy_against_resolution_is_shown(monkeypatch: pytest.MonkeyPatch):
+    """Each artifact from its smallest size to its largest, the baseline first, within 80 columns."""
+    lines = sweep(swept())
+    assert [line[:2] for line in lines] == [
+        ("pytorch fp32", "96x128"), ("pytorch fp32", "224x224"),
+        ("onnx int8", "96x128"), ("onnx int8", "224x224"),
+    ]  # fmt: skip
+    assert lines[2][2:] == ("0.911", "0.954", "11.0", "2.40x")
+    text = printed(swept(), monkeypatch)
+    assert max(cell_len(line) for line in text.splitlines()) <= 80
+    assert "Accuracy against resolution" in text
+    assert "| onnx int8 | 96x128 | 0.911 | 0.954 | 11.0 | 2.40x |" in report_markdown.render(swept()).decode()
+
+
+def test_one_size_or_no_images_has_no_sweep():
+    """A table of one size says nothing new, and noise has no accuracy."""
+    assert sweep(report()) == ()
+    assert sweep(msgspec.structs.replace(swept(), data=Data())) == ()
+    assert "resolution" not in report_markdown.render(report()).decode()
