@@ -22,7 +22,7 @@ import numpy.typing as npt
 from vit_export.python310 import StrEnum
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
@@ -155,6 +155,8 @@ class Program:
     layers: what can be quantised, in execution order.
     attention_macs: MACs of one image in products of two activations.
     source: the model as traced, before any rewrite of ours; what the baseline runs.
+    weight_scales: by weight name, the float32 [out] scale whose multiples a weight was rounded to; other
+    weights are rounded to the nearest multiple of max|row| / 127 when they are quantised.
     """
 
     graph: GraphModule
@@ -165,6 +167,7 @@ class Program:
     batch_size: int = 1
     attention_macs: int = 0
     notes: tuple[str, ...] = ()
+    weight_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def macs(self) -> int:
@@ -204,13 +207,33 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """One option a search looked at: what the network then answered on calibration images kept aside.
+
+    sqnr_db, agreement: against the float network, None where nothing was judged; seconds it took.
+    """
+
+    choice: str
+    option: str
+    taken: bool
+    sqnr_db: float | None = None
+    agreement: float | None = None
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class QuantPlan:
-    """Target-neutral decisions, saved as plan.json. A TargetProfile turns them into scales."""
+    """Target-neutral decisions, saved as plan.json. A TargetProfile turns them into scales.
+
+    decisions: how the search came to the network these ranges are of (equalised, rounded, corrected).
+    """
 
     method: str
     seed: int
     images: int
     layers: tuple[LayerPlan, ...]
+    decisions: tuple[Decision, ...] = ()
     schema: str = "vit-export.plan/1"
 
     def kept_float(self) -> tuple[str, ...]:

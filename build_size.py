@@ -18,11 +18,10 @@ from vit_export.artifacts import (
     Program,
     QuantPlan,
     Ranges,
+    TargetProfile,
 )
-from vit_export.calibration.collect import calibrate
-from vit_export.calibration.plan import plan as make_plan
 from vit_export.calibration.plan import save as save_plan
-from vit_export.calibration.preprocess import batches
+from vit_export.calibration.preprocess import Batches, batches
 from vit_export.errors import VitExportError
 from vit_export.export.quantize import quantize
 from vit_export.export.target import Target
@@ -30,6 +29,7 @@ from vit_export.job import ExportJob
 from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Result
+from vit_export.search.search import Search
 
 _BATCH = 8  # images a calibration step, where the program takes any number
 _SAMPLES = 8  # images a target may look at while it builds
@@ -45,11 +45,15 @@ def export(program: Program, plan: QuantPlan | None, target: Target, request: Bu
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What calibration gave: the images it saw, what it measured and what was decided."""
+    """What calibration gave: the images it saw, what it measured and what was decided.
+
+    program: the float program the plan is for; equal in function to the traced one.
+    """
 
     images: EvalSet
     ranges: Ranges
     plan: QuantPlan
+    program: Program
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,18 +65,32 @@ class Samples:
 
 
 def calibrated(
-    job: ExportJob, program: Program, images: EvalSet, path: Path, notify: ProgressCallback
+    job: ExportJob,
+    program: Program,
+    images: EvalSet,
+    profile: TargetProfile,
+    path: Path,
+    notify: ProgressCallback,
+    *,
+    embeddings: bool = False,
 ) -> Calibrated:
-    """Run the calibration images through the program, decide, and save the plan at `path`."""
-    ranges = calibrate(
-        program,
-        batches(images, _BATCH if program.dynamic_batch else program.batch_size),
-        job.observer,
-        progress=lambda done: notify("calibrate", done, images.count),
-    )
-    plan = make_plan(ranges, program.layers, keep_float=job.keep_float, seed=job.seed)
-    save_plan(plan, path)
-    return Calibrated(images, ranges, plan)
+    """Run the calibration images through the program, decide, and save the plan at `path`.
+
+    profile: what candidates are judged under (see `judging_profile`).
+    """
+    step = _BATCH if program.dynamic_batch else program.batch_size
+    found = Search(
+        program, Batches(images, step), job.choices, profile,
+        keep_float=job.keep_float, seed=job.seed, embeddings=embeddings, notify=notify,
+    ).run()  # fmt: skip
+    save_plan(found.plan, path)
+    return Calibrated(images, found.ranges, found.plan, found.program)
+
+
+def judging_profile(job: ExportJob, targets: Sequence[Target]) -> TargetProfile:
+    """The profile a plan for several targets is judged under: symmetric before others."""
+    profiles = [t.profile(Precision.INT8, {**job.options, "opset": job.opset}) for t in targets]
+    return min(profiles, key=lambda profile: profile.activations != "symmetric")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +139,9 @@ class SizeBuilder:
                 samples=few,
                 samples_are=f"{len(few)} {self.samples.kind}",
             )
-            artifact = export(self.program, known.plan if known else None, target, request)
+            quantised = precision is Precision.INT8 and known is not None
+            program = known.program if quantised and known else self.program
+            artifact = export(program, known.plan if known else None, target, request)
         return dataclasses.replace(artifact, path=final / artifact.path.relative_to(folder))
 
     def _metadata(self, precision: Precision) -> Mapping[str, str]:

@@ -104,7 +104,17 @@ def export(
         Path | None, typer.Option(help="calibration images: folder, folder a class, or .npz")
     ] = None,
     calib_size: Annotated[int, typer.Option(min=1, help="calibration images at most")] = 128,
-    calib_method: Annotated[str, typer.Option(help="range of activations: " + ", ".join(METHODS))] = "minmax",
+    calib_method: Annotated[
+        str, typer.Option(help=f"{', '.join(METHODS)}; auto judges the choices below by the network's output")
+    ] = "auto",
+    equalize: Annotated[
+        str | None, typer.Option(help="move outlier channels into weights: auto, off, or alpha in 0..1")
+    ] = None,
+    rounding: Annotated[str | None, typer.Option(help="of weights: auto, nearest or gptq")] = None,
+    bias_correction: Annotated[str | None, typer.Option(help="auto, on or off")] = None,
+    search_budget: Annotated[
+        float | None, typer.Option(min=0, help="minutes; by default about three plain calibrations")
+    ] = None,
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="images to judge on, as for --calib")
     ] = None,

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from vit_export.calibration.observers import ObserverConfig
     from vit_export.job import ExportJob
     from vit_export.models.config import AdaptConfig, LoadOptions
+    from vit_export.search.choices import Choices
 
 TARGETS = ("onnx", "openvino", "tensorrt", "coreml")
-METHODS = ("minmax", "percentile", "mse", "entropy")
+METHODS = ("auto", "minmax", "percentile", "mse", "entropy")
 
 # Options that only one target understands, under the names it reads them by.
 TARGET_OPTIONS = (
@@ -44,7 +45,7 @@ def export_job(options: Mapping[str, Any]) -> ExportJob:
         precisions=precisions(options),
         calib=options["calib"],
         calib_size=options["calib_size"],
-        observer=observer(options["calib_method"]),
+        choices=choices(options),
         evaluation=options["evaluation"],
         eval_size=options["eval_size"],
         keep_float=tuple(options["keep_float"] or ()),
@@ -159,19 +160,53 @@ def precisions(options: Mapping[str, Any]) -> tuple[Precision, ...]:
     return tuple(p for p in Precision if options[p.value]) or (Precision.FP32,)
 
 
+def choices(options: Mapping[str, Any]) -> Choices:
+    """What calibration may choose between: everything with `auto`, else only what a flag opens."""
+    from vit_export.search.choices import ALPHAS, Choices
+
+    method, auto = options["calib_method"], options["calib_method"] == "auto"
+    budget = options["search_budget"]
+    return Choices(
+        observer=observer("minmax" if auto else method),
+        alphas=_open("--equalize", options["equalize"], auto, ALPHAS, (None,)),
+        rounding=_open("--rounding", options["rounding"], auto, ("nearest", "gptq"), ("nearest",)),
+        correct_bias=_open("--bias-correction", options["bias_correction"], auto, (False, True), (False,)),
+        budget=None if budget is None else 60.0 * budget,
+    )
+
+
+_WORDS: Mapping[str, Mapping[str, Any]] = {
+    "--equalize": {"off": None},
+    "--rounding": {"nearest": "nearest", "gptq": "gptq"},
+    "--bias-correction": {"on": True, "off": False},
+}
+
+
+def _open(flag: str, text: str | None, auto: bool, every: tuple[Any, ...], plain: tuple[Any, ...]) -> Any:
+    """The options that a flag leaves open: all of them for `auto`, one for a word (or number) of its own."""
+    if text is None:
+        return every if auto else plain
+    if text == "auto":
+        return every
+    words = _WORDS[flag]
+    if text in words:
+        return (words[text],)
+    if flag == "--equalize":
+        try:
+            return (float(text),)
+        except ValueError:
+            pass
+    number = " or a number in 0..1" if flag == "--equalize" else ""
+    raise UsageError(f"unknown {flag} {text!r}", f"auto, {', '.join(words)}{number}")
+
+
 def observer(method: str) -> ObserverConfig:
     """The config of a calibration method."""
-    from vit_export.calibration.entropy import EntropyConfig
-    from vit_export.calibration.mse import MseConfig
-    from vit_export.calibration.observers import MinMaxConfig
-    from vit_export.calibration.percentile import PercentileConfig
+    from vit_export.calibration.observers import METHODS as known
 
-    known: Mapping[str, type[ObserverConfig]] = {
-        config.method: config for config in (MinMaxConfig, PercentileConfig, MseConfig, EntropyConfig)
-    }
     if method not in known:
         raise UsageError(f"unknown --calib-method {method!r}", f"one of {', '.join(METHODS)}")
-    return known[method]()
+    return known[method]
 
 
 def choice(flag: str, name: str | None, names: Any) -> Any:

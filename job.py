@@ -11,12 +11,12 @@ import numpy as np
 
 from vit_export.artifacts import EvalSet, Precision, Preprocessing, Size
 from vit_export.calibration.images import ImageSource, open_images
-from vit_export.calibration.observers import MinMaxConfig, ObserverConfig
 from vit_export.data import DIGITS_IMAGES
 from vit_export.errors import InputError, UsageError
 from vit_export.models import DEFAULT
 from vit_export.models.config import AdaptConfig, LoadOptions
 from vit_export.runtime.verdict import Limits
+from vit_export.search.choices import AUTO, Choices
 
 _NOISE_IMAGES = 16
 _HELD_OUT = 5  # without --eval, one image in this many is kept from calibration
@@ -41,7 +41,7 @@ class ExportJob:
     precisions: tuple[Precision, ...] = (Precision.FP32,)
     calib: Path | None = None
     calib_size: int = 128
-    observer: ObserverConfig = field(default_factory=MinMaxConfig)
+    choices: Choices = AUTO
     evaluation: Path | None = None
     eval_size: int | None = None
     keep_float: tuple[str, ...] = ()

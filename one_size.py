@@ -20,12 +20,13 @@ from vit_export.artifacts import (
     Runnable,
 )
 from vit_export.attention_job import AttentionJob
-from vit_export.build_size import Calibrated, Samples, SizeBuilder, calibrated
+from vit_export.build_size import Calibrated, Samples, SizeBuilder, calibrated, judging_profile
 from vit_export.calibration.checks import inspect
-from vit_export.calibration.preprocess import batches, write_pixels
+from vit_export.calibration.preprocess import Batches, batches, write_pixels
 from vit_export.calibration.record import encode as encode_record
 from vit_export.calibration.record import record
 from vit_export.errors import ParityError, VitExportError
+from vit_export.export.fake_quant import fake_quantized
 from vit_export.export.half_range import half_overflows, overflow_words
 from vit_export.export.program import PARITY, save_baseline, trace
 from vit_export.export.quantize import quantize
@@ -40,6 +41,7 @@ from vit_export.runtime.profiles import profiled
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageLoss
 from vit_export.runtime.verdict import judged
+from vit_export.search.judge import run as run_batches
 
 _HALF_IMAGES = 8  # images on which an overflow of float16 is looked for
 _RECORDED = 8  # calibration images whose histograms the report shows
@@ -100,7 +102,8 @@ class OneSize:
         samples = self._samples(calibration, evaluation)
         builder = SizeBuilder(self.job, self.model, self.targets, program, calibration, samples, self.notify)
         built = list(builder.build_all())
-        results = [self._check(program, plan, item, reference.logits, evaluation) for item in built]
+        prepared = calibration.program if calibration else program
+        results = [self._check(prepared, plan, item, reference.logits, evaluation) for item in built]
         timings = self._time(baseline, built, results, evaluation)
         results = [self._timed(result, timings) for result in results]
         results = [
@@ -127,7 +130,7 @@ class OneSize:
             doubts,
             self.model.notes,
             SizeImages(evaluation, reference.logits, summary, opened),
-            self._attention(program, plan, evaluation) if self.job.attention else None,
+            self._attention(prepared, plan, evaluation) if self.job.attention else None,
             tuple(None if isinstance(item, Result) else item[1] for item in built),
             self.outputs,
         )
@@ -164,11 +167,15 @@ class OneSize:
         if Precision.INT8 not in self.job.precisions:
             return None
         name = "plan.json" if len(self.job.image_sizes) < 2 else f"plan-{self._name}.json"
-        known = calibrated(self.job, program, self._pixels("calib"), self.job.output / name, self.notify)
+        profile = judging_profile(self.job, self.targets)
+        known = calibrated(
+            self.job, program, self._pixels("calib"), profile, self.job.output / name, self.notify,
+            embeddings=self._embeddings,
+        )  # fmt: skip
         few = first_images(known.images, _RECORDED, self.work / f"recorded-{self._name}.npy")
         self.notify("record histograms", 0, 1)
         step = 8 if program.dynamic_batch else program.batch_size
-        found = record(program, batches(few, step), known.ranges)
+        found = record(known.program, batches(few, step), known.ranges)
         write_atomic(self.job.output / name.replace("plan", "calibration"), encode_record(found))
         return known
 
@@ -407,9 +414,5 @@ class OneSize:
 
 
 def _run_in_torch(program: Program, images: EvalSet) -> Logits:
-    import torch
-
-    with torch.inference_mode():
-        step = 8 if program.dynamic_batch else program.batch_size
-        parts = [program.graph(torch.from_numpy(batch)).numpy() for batch in batches(images, step)]
-    return np.concatenate(parts)
+    step = 8 if program.dynamic_batch else program.batch_size
+    return run_batches(program, fake_quantized(program), Batches(images, step))

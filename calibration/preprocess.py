@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -118,21 +118,61 @@ def pixel_batches(images: EvalSet, batch_size: int) -> Iterator[Pixels]:
 
     Plain reads instead of a memory map, whose pages would count as this process's memory.
     """
-    shape = (*images.preprocessing.size, 3)
     with images.pixels.open("rb") as file:
-        version = npy.read_magic(file)
-        stored, _, dtype = npy.read_array_header_1_0(file)
-        if version != (1, 0) or dtype != np.uint8 or stored != (images.count, *shape):
-            raise InputError(f"{images.pixels} is {dtype} {list(stored)}, not {images.count} x {shape}")
+        shape = _read_header(file, images)
         for start in range(0, images.count, batch_size):
             count = min(batch_size, images.count - start)
             yield np.fromfile(file, np.uint8, count * math.prod(shape)).reshape(count, *shape)
+
+
+def _read_header(file: IO[bytes], images: EvalSet) -> tuple[int, int, int]:
+    """The shape of one image, with the file at the first. Raises InputError for another file's contents."""
+    height, width = images.preprocessing.size
+    version = npy.read_magic(file)
+    stored, _, dtype = npy.read_array_header_1_0(file)
+    if version != (1, 0) or dtype != np.uint8 or stored != (images.count, height, width, 3):
+        raise InputError(
+            f"{images.pixels} is {dtype} {list(stored)}, not {images.count} of {height}x{width}x3"
+        )
+    return height, width, 3
 
 
 def batches(images: EvalSet, batch_size: int) -> Iterator[Images]:
     """The images as the network takes them: normalised float32 [n, 3, H, W] with n <= batch_size."""
     for pixels in pixel_batches(images, batch_size):
         yield images.preprocessing.normalize(pixels)
+
+
+class Batches:
+    """Images as a network takes them, read from their file whenever they are asked for.
+
+    Iterating gives normalised float32 [n, 3, H, W] with n <= size, as often as wanted; memory holds one.
+    """
+
+    def __init__(self, images: EvalSet, size: int, chosen: Sequence[int] | None = None) -> None:
+        self.images, self.size = images, size
+        self._chosen = range(images.count) if chosen is None else chosen
+
+    @property
+    def count(self) -> int:
+        """How many images there are."""
+        return len(self._chosen)
+
+    def __iter__(self) -> Iterator[Images]:
+        with self.images.pixels.open("rb") as file:
+            shape = _read_header(file, self.images)
+            first, length = file.tell(), math.prod(shape)
+            for start in range(0, self.count, self.size):
+                part = self._chosen[start : start + self.size]
+                pixels = np.empty((len(part), *shape), np.uint8)
+                for row, index in zip(pixels, part, strict=True):
+                    file.seek(first + index * length)
+                    row[:] = np.fromfile(file, np.uint8, length).reshape(shape)
+                yield self.images.preprocessing.normalize(pixels)
+
+    def take(self, places: Iterable[int]) -> Batches:
+        """The images at these places, in this order."""
+        return Batches(self.images, self.size, [self._chosen[place] for place in places])
 
 
 def _write_header(file: IO[bytes], count: int, contract: Preprocessing) -> None:

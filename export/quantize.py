@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 # Importing this module registers torch.ops.quantized_decomposed.
@@ -13,46 +14,68 @@ from torch.fx import Node
 
 from vit_export.artifacts import Layer, LayerPlan, Program, QuantPlan, Range, TargetProfile
 from vit_export.errors import UsageError
-from vit_export.export.graph import Edit
+from vit_export.export.bias import change_bias
+from vit_export.export.graph import Edit, aten
 
-_q = torch.ops.quantized_decomposed
+QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+DEQUANTIZE_CHANNEL = torch.ops.quantized_decomposed.dequantize_per_channel.default
+_WORTH = 0.9  # a shift costs one operator: it must spare a tenth of the range
 _SMALLEST = float(torch.finfo(torch.float32).tiny) * 256  # scales below it lose their reciprocal
 
 
 @dataclass(frozen=True, slots=True)
 class QParams:
-    """real = scale * (stored - zero_point); stored in [low, high] as `dtype`."""
+    """real = scale * (stored - zero_point) + shift; stored in [low, high] as `dtype`.
+
+    shift: subtracted in front of the quantiser; W shift joins the layer's bias.
+    """
 
     scale: float
     zero_point: int
     low: int
     high: int
     dtype: torch.dtype
+    shift: float = 0.0
 
 
-def activation_qparams(seen: Range, profile: TargetProfile) -> QParams:
-    """Per-tensor parameters whose grid contains zero exactly and covers `seen`.
+def activation_qparams(seen: Range, profile: TargetProfile, *, centre: bool = False) -> QParams:
+    """Per-tensor parameters whose grid covers `seen`; without a shift it contains zero exactly.
 
-    A range without extent (all zero, denormal) gives scale 1, which stores it as zero.
+    A range without extent (all zero, denormal) gives scale 1, which stores it as zero. centre: let a
+    one-sided range (after GELU, say) be shifted to its middle where the target has no zero point; half of
+    the codes would be wasted otherwise. Asymmetric targets never need it.
     """
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
     if profile.activations == "symmetric":
-        scale = max(-low, high) / 127
-        return QParams(scale if scale > _SMALLEST else 1.0, 0, -128, 127, torch.int8)
+        reach, shift = max(-low, high), 0.0
+        if centre and (high - low) / 2 < _WORTH * reach:
+            reach, shift = (high - low) / 2, float(np.float16((low + high) / 2))  # exact in half precision
+            reach += abs(shift - (low + high) / 2)
+        scale = reach / 127
+        if scale <= _SMALLEST:
+            return QParams(1.0, 0, -128, 127, torch.int8)
+        return QParams(scale, 0, -128, 127, torch.int8, shift)
     scale = (high - low) / 255
     if scale <= _SMALLEST:
         return QParams(1.0, 0, 0, 255, torch.uint8)
     return QParams(scale, min(255, max(0, round(-low / scale))), 0, 255, torch.uint8)
 
 
-def quantize_weight(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Per-output-channel symmetric int8: (stored int8 like weight, scale float32 [out]).
-
-    Codes lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1]; a zero channel gets scale 1.
-    """
+def weight_scale(weight: Tensor, bits: int = 8) -> Tensor:
+    """float32 [out]: the largest magnitude of each output channel over the largest code; 1 for a zero one."""
     limit = 2 ** (bits - 1) - 1
     scale = weight.detach().abs().amax(dim=tuple(range(1, weight.ndim))).float() / limit
-    scale = torch.where(scale > _SMALLEST, scale, torch.ones_like(scale))
+    return torch.where(scale > _SMALLEST, scale, torch.ones_like(scale))
+
+
+def quantize_weight(weight: Tensor, bits: int = 8, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Per-output-channel symmetric int8: (stored int8 like weight, scale float32 [out]).
+
+    Codes lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1]. scale: `weight_scale` of the weight if not given.
+    """
+    limit = 2 ** (bits - 1) - 1
+    scale = weight_scale(weight, bits) if scale is None else scale
     stored = torch.round(weight.detach() / scale.reshape(-1, *[1] * (weight.ndim - 1)))
     return stored.clamp_(-limit, limit).to(torch.int8), scale
 
@@ -73,49 +96,65 @@ def quantize(program: Program, plan: QuantPlan, profile: TargetProfile) -> Progr
     for layer_plan in plan.layers:
         layer = by_name[layer_plan.name]
         if layer_plan.quantized and not (layer.kind == "conv" and profile.convolutions == "float"):
-            _quantize_layer(edit, nodes[layer.node], layer, layer_plan, profile, shared)
-    return replace(program, graph=edit.build())
+            by_name[layer.name] = _quantize_layer(
+                program, edit, nodes[layer.node], layer, layer_plan, profile, shared
+            )
+    return replace(program, graph=edit.build(), layers=tuple(by_name.values()))
 
 
 def _quantize_layer(
+    program: Program,
     edit: Edit,
     node: Node,
     layer: Layer,
     plan: LayerPlan,
     profile: TargetProfile,
     shared: dict[tuple[Node, QParams], Node],
-) -> None:
+) -> Layer:
     if plan.input is None:
         raise UsageError(f"the plan quantises {plan.name} but has no input range for it")
     source, weight_node = node.args[0], node.args[1]
     assert isinstance(source, Node) and isinstance(weight_node, Node)
-    params = activation_qparams(plan.input, profile)
+    params = activation_qparams(plan.input, profile, centre=layer.kind == "linear")
     key = (source, params)
     if key not in shared:
         shared[key] = _fake_quantize(edit, source, params, node)
     weight = edit.tensors[layer.weight]
     if weight.dtype is torch.int8:  # a weight two layers share is stored once
-        dequantized = next(u for u in weight_node.users if u.target is _q.dequantize_per_channel.default)
+        dequantized = next(u for u in weight_node.users if u.target is DEQUANTIZE_CHANNEL)
     else:
-        dequantized = _store_weight(edit, weight_node, weight, plan, node)
+        scale = program.weight_scales.get(layer.weight)
+        dequantized = _store_weight(
+            edit, weight_node, plan, node, quantize_weight(weight, plan.weight_bits, scale)
+        )
     node.args = (shared[key], dequantized, *node.args[2:])
+    if params.shift:
+        stored, scales = (edit.tensors[str(a.target)] for a in dequantized.args[:2])  # type: ignore[union-attr]
+        rows = stored.sum(1, dtype=torch.float64) * scales
+        return change_bias(edit, node, layer, lambda bias: (bias + rows * params.shift).float())
+    return layer
 
 
 def _fake_quantize(edit: Edit, source: Node, p: QParams, before: Node) -> Node:
     first = source.next if source.op != "placeholder" else before
+    first = before if first.op == "output" else first
     arguments = (p.scale, p.zero_point, p.low, p.high, p.dtype)
-    stored = edit.call(
-        before if first.op == "output" else first, _q.quantize_per_tensor.default, source, *arguments
-    )
-    stored.meta = {k: v for k, v in before.meta.items() if k == "nn_module_stack"}
+    meta = {k: v for k, v in before.meta.items() if k == "nn_module_stack"}
+    if p.shift:
+        source = edit.call(first, aten.sub.Tensor, source, p.shift)
+        source.meta = dict(meta)
+    stored = edit.call(first, QUANTIZE, source, *arguments)
+    stored.meta = meta
     with edit.graph.inserting_after(stored):
-        restored = edit.graph.call_function(_q.dequantize_per_tensor.default, (stored, *arguments))
+        restored = edit.graph.call_function(DEQUANTIZE, (stored, *arguments))
     restored.meta = dict(stored.meta)
     return restored
 
 
-def _store_weight(edit: Edit, weight_node: Node, weight: Tensor, plan: LayerPlan, before: Node) -> Node:
-    stored, scale = quantize_weight(weight, plan.weight_bits)
+def _store_weight(
+    edit: Edit, weight_node: Node, plan: LayerPlan, before: Node, codes: tuple[Tensor, Tensor]
+) -> Node:
+    stored, scale = codes
     limit = 2 ** (plan.weight_bits - 1) - 1
     edit.replace_tensor(weight_node, stored)
     name = str(weight_node.target)
@@ -123,7 +162,7 @@ def _store_weight(edit: Edit, weight_node: Node, weight: Tensor, plan: LayerPlan
     zero_node = edit.constant(f"{name}_zero_point", torch.zeros(len(scale), dtype=torch.int64), before)
     with edit.graph.inserting_before(before):
         result = edit.graph.call_function(
-            _q.dequantize_per_channel.default,
+            DEQUANTIZE_CHANNEL,
             (weight_node, scale_node, zero_node, 0, -limit, limit, torch.int8),
         )
     result.meta = {k: v for k, v in before.meta.items() if k == "nn_module_stack"}

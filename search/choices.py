@@ -1,0 +1,54 @@
+"""What a search may choose between. A single option is not a choice: it is taken without judging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vit_export.calibration.observers import MinMaxConfig, ObserverConfig
+from vit_export.errors import UsageError
+
+Rounding = Literal["nearest", "gptq"]
+
+ALPHAS: tuple[float | None, ...] = (None, 0.35, 0.5, 0.65)
+"""Exponents tried for equalisation; None leaves channels alone. 1.0 ruins DINOv2-S."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """How ranges are observed, and the options of each further method.
+
+    alphas: of channel equalisation (export/equalize.py), None for none. rounding: of weights.
+    correct_bias: whether mean errors are taken back. budget: seconds after which nothing more is tried;
+    None allows three times what plain calibration took. The search stops early, never in the middle.
+    """
+
+    observer: ObserverConfig = field(default_factory=MinMaxConfig)
+    alphas: tuple[float | None, ...] = (None,)
+    rounding: tuple[Rounding, ...] = ("nearest",)
+    correct_bias: tuple[bool, ...] = (False,)
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        for alpha in self.alphas:
+            if alpha is not None and not 0 <= alpha <= 1:
+                raise UsageError(f"--equalize {alpha:g} is outside 0..1", "0.5 is usual; or off, or auto")
+
+    @property
+    def open(self) -> bool:
+        """Whether anything has to be judged."""
+        return max(len(self.alphas), len(self.rounding), len(self.correct_bias)) > 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether observed ranges are all there is."""
+        return (
+            not self.open
+            and self.alphas == (None,)
+            and self.rounding == ("nearest",)
+            and not self.correct_bias[0]
+        )
+
+
+AUTO = Choices(alphas=ALPHAS, rounding=("nearest", "gptq"), correct_bias=(False, True))
+"""`--calib-method auto`: what --int8 does unless told otherwise."""

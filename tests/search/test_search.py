@@ -1,0 +1,133 @@
+"""The search takes what the network answers best with, says so, and does the same again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from contracts.small import small_vit
+from vit_export.artifacts import EvalSet, Preprocessing, Program, TargetProfile
+from vit_export.calibration.collect import calibrate
+from vit_export.calibration.observers import METHODS
+from vit_export.calibration.preprocess import Batches, batches
+from vit_export.cli_options import choices
+from vit_export.errors import UsageError
+from vit_export.export.program import trace
+from vit_export.export.quantize import quantize
+from vit_export.search.choices import AUTO, Choices
+from vit_export.search.search import Found, Search, split
+
+ASYMMETRIC = TargetProfile("asymmetric", 20, "decomposed", convolutions="float")
+
+
+def pictures(folder: Path, count: int, seed: int) -> EvalSet:
+    """Smooth seeded images of 32x32."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    path = folder / f"{seed}.npy"
+    np.save(path, coarse.repeat(8, 1).repeat(8, 2))
+    return EvalSet(path, Preprocessing((32, 32)), count)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    """A ViT with planted outlier channels in front of qkv and fc1, as trained ViTs have them."""
+    model = small_vit()
+    for block in model.module.blocks:  # type: ignore[union-attr]
+        for norm in (block.norm1, block.norm2):
+            norm.weight.data[[3, 17]] *= 30
+    return trace(model)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> EvalSet:
+    """Twenty-four calibration images."""
+    return pictures(tmp_path_factory.mktemp("calib"), 24, 0)
+
+
+@pytest.fixture(scope="module")
+def found(program: Program, images: EvalSet) -> Found:
+    """The automatic search."""
+    return Search(program, Batches(images, 8), AUTO, ASYMMETRIC).run()
+
+
+def _sqnr(reference: Program, found: Found, images: EvalSet) -> float:
+    pixels = torch.from_numpy(np.concatenate(list(batches(images, 8))))
+    with torch.inference_mode():
+        one, other = reference.graph(pixels), quantize(found.program, found.plan, ASYMMETRIC).graph(pixels)
+    return float(10 * torch.log10(one.square().sum() / (one - other).square().sum()))
+
+
+def test_search_beats_plain_ranges_on_fresh_images(
+    program: Program, images: EvalSet, found: Found, tmp_path: Path
+) -> None:
+    """Outliers are moved away: several dB more than min-max, on images no part of the search saw."""
+    plain = Search(program, Batches(images, 8), Choices(), ASYMMETRIC).run()
+    fresh = pictures(tmp_path, 32, 7)
+    assert _sqnr(program, found, fresh) > _sqnr(program, plain, fresh) + 3
+
+
+def test_every_option_is_listed_and_the_best_is_taken(found: Found) -> None:
+    """Each choice has one taken option, that with the highest SQNR among those judged."""
+    for choice, count in (("equalize", len(AUTO.alphas)), ("rounding", 2), ("bias correction", 2)):
+        rows = [d for d in found.plan.decisions if d.choice == choice]
+        (taken,) = (d for d in rows if d.taken)
+        assert len(rows) == count and taken.sqnr_db == max(d.sqnr_db for d in rows if d.sqnr_db is not None)
+
+
+def test_the_same_seed_finds_the_same(program: Program, images: EvalSet, found: Found) -> None:
+    """Ranges, decisions (but for their seconds) and every constant."""
+    again = Search(program, Batches(images, 8), AUTO, ASYMMETRIC).run()
+    assert again.plan.layers == found.plan.layers
+    rows = [[replace(d, seconds=0) for d in f.plan.decisions] for f in (again, found)]
+    assert rows[0] == rows[1]
+    one, other = (f.program.graph.state_dict() for f in (again, found))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_without_choices_it_is_plain_calibration(program: Program, images: EvalSet) -> None:
+    """Ranges of every method are those of `calibrate`, and the program is the one given."""
+    for method, config in METHODS.items():
+        plain = Search(program, Batches(images, 8), Choices(observer=config), ASYMMETRIC).run()
+        wanted = calibrate(program, batches(images, 8), config)
+        assert plain.program is program and plain.ranges.method == method and not plain.plan.decisions
+        for name, seen in wanted.inputs.items():
+            assert abs(plain.ranges.inputs[name].low - seen.low) < 1e-6
+            assert abs(plain.ranges.inputs[name].high - seen.high) < 1e-6
+
+
+def test_no_budget_leaves_the_first_option(program: Program, images: EvalSet) -> None:
+    """With no time at all each choice keeps its first option and says that the others were not tried."""
+    hasty = Search(program, Batches(images, 8), replace(AUTO, budget=0.0), ASYMMETRIC).run()
+    skipped = [d for d in hasty.plan.decisions if d.note]
+    assert len(skipped) == len(AUTO.alphas) - 1 + 2 and not any(d.taken for d in skipped)
+    assert hasty.program is program
+
+
+def test_judges_do_not_calibrate(images: EvalSet) -> None:
+    """A quarter of the images is kept aside, drawn by the seed, and no image is in both parts."""
+    fit, held = split(Batches(images, 8), 0)
+    assert (fit.count, held.count) == (18, 6)
+    parts = [{image.tobytes() for batch in part for image in batch} for part in (fit, held)]
+    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 24
+
+
+def _options(**given: Any) -> dict[str, Any]:
+    names = ("equalize", "rounding", "bias_correction", "search_budget")
+    return {"calib_method": "auto", **dict.fromkeys(names), **given}
+
+
+def test_flags_open_and_close_choices() -> None:
+    """auto opens all, a method closes all, each flag decides its own; nonsense is refused."""
+    assert choices(_options()) == AUTO
+    assert choices(_options(calib_method="minmax")) == Choices()
+    assert choices(_options(equalize="0.4")).alphas == (0.4,) and not choices(_options(equalize="off")).plain
+    assert choices(_options(calib_method="mse", rounding="gptq")).rounding == ("gptq",)
+    assert choices(_options(search_budget=0.5)).budget == 30
+    for wrong in ({"equalize": "2"}, {"equalize": "much"}, {"rounding": "up"}, {"calib_method": "best"}):
+        with pytest.raises(UsageError):
+            choices(_options(**wrong))
