@@ -90,10 +90,12 @@ def _quantized(
     source = open_images(path, limit=job.calib_size, seed=job.seed, split=split)
     notify("preprocess calib images", 0, len(source))
     pixels = write_pixels(source, model.preprocessing, work / "calib.npy")
-    known = calibrated(job, program, pixels, work / "plan.json", notify)
     profile = target_named(job.targets[0]).profile(Precision.INT8, job.options)
+    known = calibrated(
+        job, program, pixels, profile, work / "plan.json", notify, embeddings=model.num_classes == 0
+    )
     made = f"as for {job.targets[0]}, {known.plan.method} on {known.plan.images} images"
-    return quantize(program, known.plan, profile), made
+    return quantize(known.program, known.plan, profile), made
 
 
 def write(jobs: Sequence[AttentionJob], model: str, output: Path, notify: ProgressCallback) -> AttentionFile:

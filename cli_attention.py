@@ -23,7 +23,7 @@ def attention(
         Path | None, typer.Option(help="calibration images; without them only FP32 is shown")
     ] = None,
     calib_size: Annotated[int, typer.Option(min=1, help="calibration images at most")] = 128,
-    calib_method: Annotated[str, typer.Option(help="as for the main job")] = "minmax",
+    calib_method: Annotated[str, typer.Option(help="as for the main job")] = "auto",
     keep_float: Annotated[
         list[str] | None, typer.Option(help="GLOB of layers that stay float; repeat")
     ] = None,

@@ -76,7 +76,7 @@ def attention_job(options: Mapping[str, Any]) -> ExportJob:
         targets=targets([options["target"]])[:1],
         calib=options["calib"],
         calib_size=options["calib_size"],
-        observer=observer(options["calib_method"]),
+        choices=choices(options),
         keep_float=tuple(options["keep_float"] or ()),
         output=options["output"].absolute(),
         seed=options["seed"],
@@ -165,12 +165,12 @@ def choices(options: Mapping[str, Any]) -> Choices:
     from vit_export.search.choices import ALPHAS, Choices
 
     method, auto = options["calib_method"], options["calib_method"] == "auto"
-    budget = options["search_budget"]
+    given, budget = options.get, options.get("search_budget")
     return Choices(
         observer=observer("minmax" if auto else method),
-        alphas=_open("--equalize", options["equalize"], auto, ALPHAS, (None,)),
-        rounding=_open("--rounding", options["rounding"], auto, ("nearest", "gptq"), ("nearest",)),
-        correct_bias=_open("--bias-correction", options["bias_correction"], auto, (False, True), (False,)),
+        alphas=_open("--equalize", given("equalize"), auto, ALPHAS, (None,)),
+        rounding=_open("--rounding", given("rounding"), auto, ("nearest", "gptq"), ("nearest",)),
+        correct_bias=_open("--bias-correction", given("bias_correction"), auto, (False, True), (False,)),
         budget=None if budget is None else 60.0 * budget,
     )
 

@@ -130,7 +130,7 @@ class OneSize:
             doubts,
             self.model.notes,
             SizeImages(evaluation, reference.logits, summary, opened),
-            self._attention(prepared, plan, evaluation) if self.job.attention else None,
+            self._attention(program, calibration, evaluation) if self.job.attention else None,
             tuple(None if isinstance(item, Result) else item[1] for item in built),
             self.outputs,
         )
@@ -179,12 +179,12 @@ class OneSize:
         write_atomic(self.job.output / name.replace("plan", "calibration"), encode_record(found))
         return known
 
-    def _attention(self, program: Program, plan: QuantPlan | None, images: EvalSet) -> AttentionJob:
+    def _attention(self, program: Program, known: Calibrated | None, images: EvalSet) -> AttentionJob:
         few = first_images(images, self.job.attention, self.work / f"attention-{self._name}.npy")
         quantized, int8 = None, "not shown: int8 was not asked for"
-        if plan is not None:
-            target = self.targets[0]
-            quantized = quantize(program, plan, target.profile(Precision.INT8, self.job.options))
+        if known is not None:
+            target, plan = self.targets[0], known.plan
+            quantized = quantize(known.program, plan, target.profile(Precision.INT8, self.job.options))
             int8 = f"as for {target.name}, {plan.method} on {plan.images} images"
         return AttentionJob(program, quantized, few, int8, not self._embeddings)
 
