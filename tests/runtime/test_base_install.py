@@ -29,6 +29,7 @@ sys.meta_path.insert(0, Blocker())
 NEEDS_TORCH = {
     "vit_export.pipeline",
     "vit_export.one_size",
+    "vit_export.attention_job",
     "vit_export.build_size",
     "vit_export.several_sizes",
     "vit_export.calibration.collect",
