@@ -223,10 +223,26 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """What int8 costs one layer, by the network's output on calibration images kept aside.
+
+    sqnr_alone_db: with this layer alone in int8; sqnr_without_db: with all but it. None: not measured, or no
+    error. macs: multiply-accumulates of one image.
+    """
+
+    layer: str
+    kind: Literal["linear", "conv"]
+    macs: int
+    sqnr_alone_db: float | None
+    sqnr_without_db: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class QuantPlan:
     """Target-neutral decisions, saved as plan.json. A TargetProfile turns them into scales.
 
     decisions: how the search came to the network these ranges are of (equalised, rounded, corrected).
+    sensitivity: of each layer, where it was measured.
     """
 
     method: str
@@ -234,6 +250,7 @@ class QuantPlan:
     images: int
     layers: tuple[LayerPlan, ...]
     decisions: tuple[Decision, ...] = ()
+    sensitivity: tuple[LayerSensitivity, ...] = ()
     schema: str = "vit-export.plan/1"
 
     def kept_float(self) -> tuple[str, ...]:

@@ -122,6 +122,9 @@ def export(
     max_drop: Annotated[
         float | None, typer.Option(help="top-1 points an artifact may lose; more gives exit 1")
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="measure what int8 costs each layer alone, and all but it")
+    ] = False,
     keep_float: Annotated[
         list[str] | None, typer.Option(help="GLOB of layers that stay float; repeat")
     ] = None,

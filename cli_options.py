@@ -50,6 +50,7 @@ def export_job(options: Mapping[str, Any]) -> ExportJob:
         eval_size=options["eval_size"],
         keep_float=tuple(options["keep_float"] or ()),
         max_drop=options["max_drop"],
+        sensitivity=options["sensitivity"],
         batch_size=fixed,
         threads=options["threads"],
         opset=options["opset"],

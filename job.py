@@ -46,6 +46,7 @@ class ExportJob:
     eval_size: int | None = None
     keep_float: tuple[str, ...] = ()
     max_drop: float | None = None
+    sensitivity: bool = False
     batch_size: int | None = None
     threads: int = 0
     opset: int | None = None

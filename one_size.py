@@ -67,6 +67,7 @@ class Outcome:
     attention: AttentionJob | None = None
     built: tuple[BuiltArtifact | None, ...] = ()
     outputs: Mapping[str, Logits] = dataclasses.field(default_factory=dict)
+    plan: QuantPlan | None = None
 
     def artifact(self, target: str, precision: Precision) -> BuiltArtifact | None:
         """What was built for a target at a precision; None if that failed."""
@@ -133,6 +134,7 @@ class OneSize:
             self._attention(program, calibration, evaluation) if self.job.attention else None,
             tuple(None if isinstance(item, Result) else item[1] for item in built),
             self.outputs,
+            plan,
         )
 
     @property

@@ -42,6 +42,7 @@ from vit_export.runtime.inference import predict
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Data, EvalData, ImageData, ModelInfo, PackedIds, Report, Result
 from vit_export.runtime.verdict import exit_code
+from vit_export.search.choices import decided
 from vit_export.several_sizes import shared
 
 __all__ = [
@@ -147,6 +148,7 @@ def _report(
 ) -> Report:
     first = outcomes[0]
     notes = (*model.notes, f"output: {model.output}", *sources.notes)
+    notes += tuple(decided(o.plan.decisions) for o in outcomes if o.plan and o.plan.decisions)
     notes += tuple(n for o in outcomes for n in (*o.notes, *o.program.notes, *o.doubts)) + problems
     return Report(
         created=datetime.now(timezone.utc),
@@ -169,6 +171,8 @@ def _report(
         ),
         baseline=first.baseline,
         more_baselines=tuple(outcome.baseline for outcome in outcomes[1:]),
+        decisions=first.plan.decisions if first.plan else (),
+        sensitivity=first.plan.sensitivity if first.plan else (),
         results=tuple(result for outcome in outcomes for result in outcome.results),
     )
 

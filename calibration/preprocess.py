@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 from PIL import Image
 
-from vit_export.artifacts import CropMode, EvalSet, Images, Interpolation, Pixels, Preprocessing, Size
+from vit_export.artifacts import CropMode, EvalSet, Images, Interpolation, Labels, Pixels, Preprocessing, Size
 from vit_export.calibration.images import MAX_PIXELS, BadImage, ImageSource
 from vit_export.errors import InputError
 
@@ -157,6 +157,11 @@ class Batches:
     def count(self) -> int:
         """How many images there are."""
         return len(self._chosen)
+
+    @property
+    def labels(self) -> Labels | None:
+        """int64 [count], None where the images have none."""
+        return None if self.images.labels is None else self.images.labels[list(self._chosen)]
 
     def __iter__(self) -> Iterator[Images]:
         with self.images.pixels.open("rb") as file:

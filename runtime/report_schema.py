@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from vit_export.artifacts import Accuracy, Latency, Precision, Preprocessing, Size
+from vit_export.artifacts import Accuracy, Decision, Latency, LayerSensitivity, Precision, Preprocessing, Size
 from vit_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -238,7 +238,10 @@ class Result(Part, frozen=True, kw_only=True):
 
 
 class Report(Part, frozen=True, kw_only=True):
-    """One run of vit-export. more_baselines: those of further image sizes. device: set by `verify`."""
+    """One run of vit-export. more_baselines: those of further image sizes. device: set by `verify`.
+
+    decisions, sensitivity: of the quantisation plan at the first image size.
+    """
 
     created: Annotated[datetime, Meta(tz=True)]
     command: str
@@ -248,6 +251,8 @@ class Report(Part, frozen=True, kw_only=True):
     baseline: Baseline
     more_baselines: tuple[Baseline, ...] = ()
     results: tuple[Result, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    sensitivity: tuple[LayerSensitivity, ...] = ()
     device: Device | None = None
     schema: Literal["vit-export.report/1"] = SCHEMA
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vit_export.artifacts import Decision
 from vit_export.calibration.observers import MinMaxConfig, ObserverConfig
 from vit_export.errors import UsageError
 
@@ -39,16 +41,17 @@ class Choices:
         """Whether anything has to be judged."""
         return max(len(self.alphas), len(self.rounding), len(self.correct_bias)) > 1
 
-    @property
-    def plain(self) -> bool:
-        """Whether observed ranges are all there is."""
-        return (
-            not self.open
-            and self.alphas == (None,)
-            and self.rounding == ("nearest",)
-            and not self.correct_bias[0]
-        )
-
 
 AUTO = Choices(alphas=ALPHAS, rounding=("nearest", "gptq"), correct_bias=(False, True))
 """`--calib-method auto`: what --int8 does unless told otherwise."""
+
+
+def decided(decisions: Sequence[Decision]) -> str:
+    """`int8: equalize alpha 0.5, rounding nearest; 28.9 dB, agreement 0.990 on images kept aside`."""
+    taken = [d for d in decisions if d.taken and d.choice != "keep float"]
+    words = ", ".join(f"{d.choice} {d.option}" for d in taken)
+    judged = [d for d in taken if d.sqnr_db is not None and d.agreement is not None]
+    if not judged:
+        return f"int8: {words}"
+    last = judged[-1]
+    return f"int8: {words}; {last.sqnr_db:.1f} dB, agreement {last.agreement:.3f} on images kept aside"

@@ -36,6 +36,7 @@ from vit_export.export.quantize import quantize
 from vit_export.export.rounding import round_weights
 from vit_export.search.choices import Choices
 from vit_export.search.judge import Judge, Score
+from vit_export.search.sensitivity import sensitivity, within
 
 HEADROOM = 1.2
 """Of ranges after equalisation. Every channel then reaches the end of the range, so a new image exceeds it
@@ -43,6 +44,8 @@ somewhere, and what is clipped is an outlier that matters. DINOv2-S, calibrated 
 on crops of four others, both ways: 25.7 and 25.0 dB without, 26.9 and 28.0 dB with it."""
 
 _HELD = 16  # images that judge, at most a quarter of all
+_HELD_FOR_LIMIT = 64  # where a limit is to be kept: a quarter still, but of finer points
+_LAYERS = 8  # of the images that judge, those that each layer is judged by
 _SECOND = 32  # images that correlations and mean errors are taken from
 _TIMES = 3.0  # default budget in plain calibrations
 _LEAST = 60.0  # seconds of it, so that small models are not judged by how busy the machine is
@@ -69,6 +72,8 @@ class Search:
     choices: Choices
     profile: TargetProfile
     keep_float: Sequence[str] = ()
+    max_drop: float | None = None
+    sensitivity: bool = False
     seed: int = 0
     embeddings: bool = False
     notify: Notify = lambda *_: None
@@ -78,7 +83,9 @@ class Search:
     def run(self) -> Found:
         """Decide. Without open choices this is plain calibration and whatever was asked for."""
         start = time.monotonic()
-        fit, held = split(self.batches, self.seed) if self.choices.open else (self.batches, None)
+        judged = self.choices.open or self.sensitivity or self.max_drop is not None
+        aside = _HELD if self.max_drop is None else _HELD_FOR_LIMIT
+        fit, held = split(self.batches, self.seed, aside) if judged else (self.batches, None)
         needed = self._analytic or self.choices.alphas != (None,)
         stats = self._statistics(fit) if needed else {}
         allowed = max(_TIMES * (time.monotonic() - start), _LEAST)
@@ -90,8 +97,20 @@ class Search:
         if held is not None and self._analytic:  # ranges also cover what judged
             stats = _merged(stats, self._statistics(held))
             best = replace(best, ranges=self._ranges(best.program, best.changes, stats, self.batches))
-        plan = self._plan(best)
+        plan = self._plan(best) if judge is None else self._limited(best, judge)
         return Found(best.program, best.ranges, replace(plan, decisions=tuple(self.decisions)))
+
+    def _limited(self, best: _Candidate, judge: Judge) -> QuantPlan:
+        """The plan with what must stay float to keep within max_drop, and each layer's sensitivity."""
+        plan = self._plan(best)
+        over = self.max_drop is not None and judge.score(best.program, plan).loss > self.max_drop
+        if not (over or self.sensitivity):
+            return plan
+        rows = sensitivity(judge.first(_LAYERS), best.program, plan, self.notify, without=self.sensitivity)
+        if self.max_drop is not None and over:
+            plan, kept = within(judge, best.program, plan, rows, self.max_drop)
+            self.decisions += kept
+        return replace(plan, sensitivity=rows)
 
     @property
     def _analytic(self) -> bool:
@@ -108,7 +127,7 @@ class Search:
         done = iter(range(1, 1000))
         self.notify("search", 0, steps)
         return Judge(
-            self.program, held, self.profile, self.embeddings,
+            self.program, held, self.profile, self.embeddings, held.labels,
             seen=lambda: self.notify("search", min(next(done), steps), steps),
         )  # fmt: skip
 
@@ -215,9 +234,9 @@ class _Candidate:
     score: Score | None = None
 
 
-def split(batches: Batches, seed: int) -> tuple[Batches, Batches]:
-    """(to measure on, to judge by): a seeded quarter of the images, at most 16, judges."""
-    aside = min(_HELD, max(1, batches.count // 4))
+def split(batches: Batches, seed: int, most: int = _HELD) -> tuple[Batches, Batches]:
+    """(to measure on, to judge by): a seeded quarter of the images, at most `most`, judges."""
+    aside = min(most, max(1, batches.count // 4))
     order = np.random.default_rng(seed).permutation(batches.count)
     return batches.take(np.sort(order[aside:]).tolist()), batches.take(np.sort(order[:aside]).tolist())
 

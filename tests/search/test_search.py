@@ -20,7 +20,9 @@ from vit_export.errors import UsageError
 from vit_export.export.program import trace
 from vit_export.export.quantize import quantize
 from vit_export.search.choices import AUTO, Choices
+from vit_export.search.judge import Judge
 from vit_export.search.search import Found, Search, split
+from vit_export.search.sensitivity import sensitivity, within
 
 ASYMMETRIC = TargetProfile("asymmetric", 20, "decomposed", convolutions="float")
 
@@ -125,9 +127,42 @@ def test_flags_open_and_close_choices() -> None:
     """auto opens all, a method closes all, each flag decides its own; nonsense is refused."""
     assert choices(_options()) == AUTO
     assert choices(_options(calib_method="minmax")) == Choices()
-    assert choices(_options(equalize="0.4")).alphas == (0.4,) and not choices(_options(equalize="off")).plain
+    assert choices(_options(equalize="0.4")).alphas == (0.4,)
     assert choices(_options(calib_method="mse", rounding="gptq")).rounding == ("gptq",)
     assert choices(_options(search_budget=0.5)).budget == 30
     for wrong in ({"equalize": "2"}, {"equalize": "much"}, {"rounding": "up"}, {"calib_method": "best"}):
         with pytest.raises(UsageError):
             choices(_options(**wrong))
+
+
+def test_sensitivity_has_a_row_a_layer(program: Program, images: EvalSet) -> None:
+    """Alone a layer costs less than all together; the network without it is no worse by more than noise."""
+    search = Search(program, Batches(images, 8), Choices(), ASYMMETRIC, sensitivity=True)
+    rows = search.run().plan.sensitivity
+    quantised = [layer.name for layer in program.layers]
+    assert [row.layer for row in rows] == quantised
+    alone = [row.sqnr_alone_db for row in rows if row.sqnr_alone_db is not None]
+    rest = [row.sqnr_without_db for row in rows if row.sqnr_without_db is not None]
+    assert max(alone) > max(rest) and min(alone) > min(rest) - 1
+
+
+def test_a_limit_keeps_the_fewest_layers(program: Program, images: EvalSet, found: Found) -> None:
+    """Two bits in fc1 of block 0 break the limit: it goes back to float, and the plan says what that bought."""
+    judge, fixed = Judge(program, Batches(images, 8), ASYMMETRIC), replace(found.program, weight_scales={})
+    layers = tuple(
+        replace(p, weight_bits=2 if p.name == "blocks.0.mlp.fc1" else 8) for p in found.plan.layers
+    )
+    broken = replace(found.plan, layers=layers)
+    limit = judge.score(fixed, found.plan).loss
+    assert judge.score(fixed, broken).loss > limit
+    rows = sensitivity(judge, fixed, broken, lambda *_: None, without=False)
+    kept, decisions = within(judge, fixed, broken, rows, limit)
+    assert "blocks.0.mlp.fc1" in kept.kept_float() and len(kept.kept_float()) <= 2
+    assert judge.score(fixed, kept).loss <= limit
+    assert decisions[0].choice == "keep float" and decisions[-1].choice == "max-drop"
+
+
+def test_nothing_is_kept_when_the_limit_holds(program: Program, images: EvalSet) -> None:
+    """A limit of a hundred points asks for nothing."""
+    found = Search(program, Batches(images, 8), Choices(), ASYMMETRIC, max_drop=100.0).run()
+    assert not found.plan.kept_float() and not found.plan.sensitivity
