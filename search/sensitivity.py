@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 
 from vit_export.artifacts import Decision, LayerSensitivity, Program, QuantPlan
 from vit_export.search.judge import Judge, Score
@@ -41,21 +42,23 @@ def within(
 ) -> tuple[QuantPlan, tuple[Decision, ...]]:
     """The plan with the shortest row of layers kept float whose loss is at most `limit` points.
 
-    Layers are taken by noise a product: the loudest and cheapest first, so that little speed is given up.
-    Where not even all of them suffice, all are kept; the report's gate then fails.
+    The loudest layers come first, of equally loud ones the cheaper; then what turns out not to be needed
+    goes back to int8, the dearest first. Where not even all suffice, all are kept; the report's gate fails.
     """
-    order = sorted(rows, key=lambda row: -_noise(row) / row.macs)
-    scores: dict[int, Score] = {}
+    order = sorted(rows, key=lambda row: (-_noise(row), row.macs))
 
-    def loss(count: int) -> float:
-        if count not in scores:
-            scores[count] = judge.score(program, keeping(plan, [row.layer for row in order[:count]]))
-        return scores[count].loss
+    @cache
+    def score(kept: tuple[LayerSensitivity, ...]) -> Score:
+        return judge.score(program, keeping(plan, [row.layer for row in kept]))
 
-    count = _fewest(loss, len(order), limit)
-    return keeping(plan, [row.layer for row in order[:count]], "kept within --max-drop"), tuple(
-        _decisions(order[:count], scores, count)
-    )
+    count = _fewest(lambda n: score(tuple(order[:n])).loss, len(order), limit)
+    kept = tuple(order[:count])
+    for row in sorted(kept[:-1], key=lambda row: -row.macs):  # the last one was needed
+        fewer = tuple(other for other in kept if other is not row)
+        if score(kept).loss <= limit and score(fewer).loss <= limit:
+            kept = fewer
+    reason = "kept within --max-drop"
+    return keeping(plan, [r.layer for r in kept], reason), tuple(_decisions(kept, score(()), score(kept)))
 
 
 def _fewest(loss: Callable[[int], float], most: int, limit: float) -> int:
@@ -72,13 +75,12 @@ def _fewest(loss: Callable[[int], float], most: int, limit: float) -> int:
     return high
 
 
-def _decisions(kept: Sequence[LayerSensitivity], scores: dict[int, Score], count: int) -> Iterator[Decision]:
+def _decisions(kept: Sequence[LayerSensitivity], before: Score, after: Score) -> Iterator[Decision]:
     for row in kept:
         alone = "" if row.sqnr_alone_db is None else f"alone {row.sqnr_alone_db:.1f} dB, "
         note = f"{alone}{row.macs / 1e6:.1f} M products an image in float"
         yield Decision("keep float", row.layer, taken=True, note=note)
     if kept:
-        before, after = scores[0], scores[count]
         note = f"loss on images kept aside {before.loss:.2f} to {after.loss:.2f} points"
         option = f"{len(kept)} layers"
         yield Decision("max-drop", option, True, after.sqnr_db, after.agreement, note=note)

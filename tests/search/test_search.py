@@ -147,7 +147,7 @@ def test_sensitivity_has_a_row_a_layer(program: Program, images: EvalSet) -> Non
 
 
 def test_a_limit_keeps_the_fewest_layers(program: Program, images: EvalSet, found: Found) -> None:
-    """Two bits in fc1 of block 0 break the limit: it goes back to float, and the plan says what that bought."""
+    """Two bits in fc1 of block 0 break the limit: it goes back to float, and the plan says what for."""
     judge, fixed = Judge(program, Batches(images, 8), ASYMMETRIC), replace(found.program, weight_scales={})
     layers = tuple(
         replace(p, weight_bits=2 if p.name == "blocks.0.mlp.fc1" else 8) for p in found.plan.layers
