@@ -54,7 +54,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Padding(Text(why(result)), (0, 0, 0, 2)))
         _print_notes((note for note in result.notes if note not in shared), console)
     if shared:
-        console.print("of several")
+        console.print("several artifacts")
         _print_notes(shared, console)
 
 

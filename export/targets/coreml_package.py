@@ -55,7 +55,7 @@ class CoreMLTarget(Target):
             "labels": bool(options.labels),
         }
         if options.palettize or request.precision is Precision.INT8:
-            details |= asdict(count(spec, converted.names))
+            details |= {"palettize": options.palettize, **asdict(count(spec, converted.names))}
         return path, details
 
     def runnable(self, artifact: BuiltArtifact, threads: int) -> Runnable:
@@ -107,8 +107,9 @@ _SYSTEMS = {"iOS17": "iOS 17, macOS 14", "iOS18": "iOS 18, macOS 15"}
 
 
 def _compressed(facts: Mapping[str, Any]) -> str:
-    """`49 of 50 weights compressed; left float: head; never compressed: pos_embed (feeds add)`."""
-    parts = [f"{facts['compressed_weights']} of {facts['weights']} weights compressed"]
+    """`49 of 50 weights are int8; left float: head; never compressed: pos_embed (feeds add)`."""
+    kind = f"have {facts['palettize']}-bit palettes" if facts["palettize"] else "are int8"
+    parts = [f"{facts['compressed_weights']} of {facts['weights']} weights {kind}"]
     if facts["float_weights"]:
         parts.append(f"left float: {', '.join(facts['float_weights'])}")
     if facts["float_constants"]:

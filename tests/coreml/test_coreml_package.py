@@ -229,7 +229,12 @@ def test_palettes(bits: int, precision: Precision, target: str, floor: float, bu
 
 def test_what_is_not_compressed_is_named(built: Any) -> None:
     """Details count compressed weights and name the rest: the small head, the position table and its use."""
-    details = built(FP16, palettize=4, coreml_target="iOS17", coreml_input="image").details
+    artifact = built(FP16, palettize=4, coreml_target="iOS17", coreml_input="image")
+    details, (takes, compressed) = artifact.details, TARGET.notes(artifact)
+    assert takes == "opens on iOS 17, macOS 14 and later, takes an RGB image, normalised inside"
+    assert compressed.endswith(
+        "weights have 4-bit palettes; left float: head; never compressed: pos_embed (feeds add)"
+    )
     layers = {layer.name for layer in program().layers}
     assert details["weights"] == len(layers)
     assert details["float_weights"] == ("head",)
