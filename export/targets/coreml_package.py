@@ -49,7 +49,7 @@ class CoreMLTarget(Target):
         with quiet():
             converted.model.save(str(path))
         spec = finish(path, describe(request, options), facts(program, request))
-        details = {
+        details: dict[str, Any] = {
             "deployment_target": options.target,
             "input": options.input,
             "labels": bool(options.labels),
