@@ -28,6 +28,7 @@ sys.meta_path.insert(0, Blocker())
 # These handle torch programs and are imported only when something is exported.
 NEEDS_TORCH = {
     "vit_export.pipeline",
+    "vit_export.attention_job",
     "vit_export.one_size",
     "vit_export.attention_job",
     "vit_export.build_size",
