@@ -244,7 +244,7 @@ def _next_steps(job: ExportJob, states: list[str]) -> list[tuple[str, str]]:
     return steps
 
 
-@app.command()
+@app.command(short_help="print a report again; compare several on one page")
 def report(
     reports: Annotated[list[Path], typer.Argument(help="report.json, or the folder that holds it")],
     output: Annotated[
@@ -270,7 +270,7 @@ def report(
     console.print("wrote " + ", ".join(path.name for path in written), style="dim")
 
 
-@app.command()
+@app.command(short_help="what can be built and run here")
 def doctor() -> None:
     """Which targets can be built and run here, with versions and known faults."""
     from rich.padding import Padding
@@ -297,7 +297,7 @@ def doctor() -> None:
                 console.print(Padding(Text(line), (0, 0, 0, 2)))
 
 
-@app.command()
+@app.command(short_help="what can be loaded, and at which sizes")
 def models(
     pattern: Annotated[str | None, typer.Argument(help="GLOB, or a SPEC to describe")] = None,
 ) -> None:
@@ -317,9 +317,9 @@ def _shown(size: Size | None) -> str:
     return "its own" if size is None else f"{size[0]}x{size[1]}"
 
 
-app.command()(verify)
-app.command()(gate)
-app.command("attention")(attention_command)
+app.command(short_help="judge a bundle here, or on devices over SSH")(verify)
+app.command(short_help="turn CI red for a regression")(gate)
+app.command("attention", short_help="where the model looks, FP32 beside int8")(attention_command)
 
 
 def _plain(error: Exception) -> str:

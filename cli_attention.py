@@ -10,7 +10,7 @@ import typer
 
 def attention(
     images: Annotated[
-        list[Path] | None, typer.Argument(metavar="IMAGE...", help="image files, folders or .npz files")
+        list[Path] | None, typer.Argument(metavar="IMAGE", help="image files, folders or .npz files")
     ] = None,
     model: Annotated[str, typer.Option(help="SPEC, as for the main job")] = "digits-vit",
     checkpoint: Annotated[
