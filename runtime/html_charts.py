@@ -23,10 +23,11 @@ _COLOURS = tuple(f"var(--c{i})" for i in range(6))
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar. interval: drawn as a whisker. A value of None leaves a gap."""
+    """One bar. interval: drawn as a whisker. marked: in the second colour. A value of None leaves a gap."""
 
     value: float | None
     interval: tuple[float, float] | None = None
+    marked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,8 @@ def _labels(ticks: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def _bar(bar: Bar) -> dict[str, Any] | float | None:
+    if bar.marked:
+        return {"value": bar.value, "color": _COLOURS[1]}
     if bar.interval is None:
         return bar.value
     low, high = bar.interval

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vit_export.runtime import attention_file, attention_html, calibration_html, device_html, flips_html
+from vit_export.runtime import (
+    attention_file,
+    attention_html,
+    calibration_html,
+    device_html,
+    flips_html,
+    sensitivity_html,
+)
 from vit_export.runtime import html_figures as figures
 from vit_export.runtime.flips import Flip, confusion, flips
 from vit_export.runtime.html_charts import WITHOUT, available
@@ -48,6 +55,7 @@ def _sections(report: Report, folder: Path | None) -> Iterator[Node | None]:
     )
     yield section("What each stage cost", _stages(report))
     yield section("Changed predictions", *_changes(report, folder))
+    yield section("How int8 was decided", *sensitivity_html.parts(report, folder))
     yield section("Layers kept float", items(_kept(report)))
     yield section("How the artifacts were made", items(_notes(report)))
     if folder is not None:

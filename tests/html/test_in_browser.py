@@ -11,9 +11,17 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from contracts.sample_report import IMAGES, report
-from vit_export.artifacts import EvalSet, Preprocessing
+from vit_export.artifacts import Decision, EvalSet, LayerPlan, LayerSensitivity, Preprocessing, QuantPlan
 from vit_export.runtime import comparison, report_files, thumbnails
-from vit_export.runtime.report_schema import Device, DeviceState, Gate, PackedIds, Report, StageLoss
+from vit_export.runtime.report_schema import (
+    Device,
+    DeviceState,
+    Gate,
+    LayerSensitivity,
+    PackedIds,
+    Report,
+    StageLoss,
+)
 
 PAGES = ("default", "every-kind", "comparison")
 CHARTS = {
@@ -21,7 +29,10 @@ CHARTS = {
         "Latency", "Accuracy lost", "Accuracy against latency", "Which stage to blame",
         "Attention changed by int8",
     ],
-    "every-kind": ["Latency", "Accuracy lost", "Accuracy against latency", "Which stage to blame"],
+    "every-kind": [
+        "Latency", "Accuracy lost", "Accuracy against latency", "Which stage to blame",
+        "Sensitivity by layer",
+    ],
     "comparison": ["Latency", "Accuracy lost"],
 }  # fmt: skip
 HOSTILE = "<script>alert(1)</script><img src='http://127.0.0.1:9/x.png' onerror='alert(2)'>&amp;\"\x1b[31m"
@@ -65,6 +76,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory, device_export: Any) -> dict[
     thumbnails.write(
         odd, [EvalSet(folder / "pixels.npy", Preprocessing((224, 224)), IMAGES, names=names)], folder
     )
+    plan = QuantPlan("minmax", 0, 8, (LayerPlan("blocks.0.attn.qkv", False, reason="21.5 dB alone"),))
+    (folder / "plan.json").write_bytes(msgspec.json.encode(plan))
     (written,) = report_files.write(odd, folder, ["html"])
     (folder / "a").mkdir()
     report_files.write(odd, folder / "a", ["json"])
@@ -96,6 +109,15 @@ def every_kind() -> Report:
         command=f"vit-export --model '{HOSTILE}'",
         baseline=msgspec.structs.replace(base.baseline, predictions=PackedIds.pack(before)),
         results=tuple(results),
+        decisions=(
+            Decision("rounding", "gptq", True, 27.5, 0.985, 3.21),
+            Decision("rounding", "nearest", False),
+        ),
+        sensitivity=(
+            LayerSensitivity("blocks.0.attn.qkv", "linear", 1_250_000, 21.5, 33.0),
+            LayerSensitivity("head", "linear", 2000, 48.0, 24.0),
+            LayerSensitivity("patch", "conv", 5000, None),
+        ),
         device=Device(
             before=DeviceState(
                 board="Orin", mhz={"cpu0": 1500.0}, max_mhz={"cpu0": 2200.0}, celsius={"cpu": 50.5}
@@ -234,6 +256,21 @@ def test_folded_parts_open(browser, pages):
     assert all("range" in words and width > 150 and height > 20 for words, width, height in drawn)
     browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.run("return document.documentElement.scrollWidth") <= 360
+
+
+def test_sensitive_layers_are_marked(browser, pages):
+    """A layer kept float is named so in the chart and its table row, with the reason."""
+    browser.open(pages["every-kind"])
+    words = browser.run("""return [...document.querySelectorAll('figure')].find(
+        f => f.innerText.startsWith('Sensitivity')).querySelector('svg').getAttribute('aria-label')""")
+    assert "blocks.0.attn.qkv (kept float): 21.5 dB; head: 48.0 dB" in words and "patch" not in words
+    rows = browser.run(
+        """return [...document.querySelectorAll('tbody tr')].map(r => r.innerText.split('\\t'))"""
+    )
+    assert ["blocks.0.attn.qkv", "linear", "1.2", "21.5", "33.0", "yes: 21.5 dB alone"] in rows
+    assert ["patch", "conv", "0.0", "-", "-", "no"] in rows
+    assert ["rounding", "gptq", "yes", "27.5", "0.985", "3.2", "-"] in rows
+    assert ["rounding", "nearest", "no", "-", "-", "0.0", "-"] in rows
 
 
 def test_the_device_is_told_in_full(browser, pages):
