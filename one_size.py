@@ -23,8 +23,6 @@ from vit_export.attention_job import AttentionJob
 from vit_export.build_size import Calibrated, Samples, SizeBuilder, calibrated, judging_profile
 from vit_export.calibration.checks import inspect
 from vit_export.calibration.preprocess import Batches, batches, write_pixels
-from vit_export.calibration.record import encode as encode_record
-from vit_export.calibration.record import record
 from vit_export.errors import ParityError, VitExportError
 from vit_export.export.fake_quant import fake_quantized
 from vit_export.export.half_range import half_overflows, overflow_words
@@ -32,9 +30,9 @@ from vit_export.export.program import PARITY, save_baseline, trace
 from vit_export.export.quantize import quantize
 from vit_export.export.target import Target
 from vit_export.job import ExportJob, ImageSources, first_images, synthetic_pixels
+from vit_export.report_extras import attention_of, record_histograms
 from vit_export.runtime.accuracy import compare, predictions, score
 from vit_export.runtime.bundle import SizeImages
-from vit_export.runtime.files import write_atomic
 from vit_export.runtime.inference import Prediction, predict
 from vit_export.runtime.latency import Timings, alternate
 from vit_export.runtime.profiles import profiled
@@ -44,7 +42,6 @@ from vit_export.runtime.verdict import judged
 from vit_export.search.judge import run as run_batches
 
 _HALF_IMAGES = 8  # images on which an overflow of float16 is looked for
-_RECORDED = 8  # calibration images whose histograms the report shows
 _BLAME_IMAGES = 32  # images on which losses are split by stage
 _BASELINE = "pytorch"
 
@@ -131,7 +128,15 @@ class OneSize:
             doubts,
             self.model.notes,
             SizeImages(evaluation, reference.logits, summary, opened),
-            self._attention(program, calibration, evaluation) if self.job.attention else None,
+            attention_of(
+                self.job,
+                program,
+                calibration,
+                self.targets,
+                evaluation,
+                self.work / f"attention-{self._name}.npy",
+                classes=not self._embeddings,
+            ),
             tuple(None if isinstance(item, Result) else item[1] for item in built),
             self.outputs,
             plan,
@@ -174,21 +179,10 @@ class OneSize:
             self.job, program, self._pixels("calib"), profile, self.job.output / name, self.notify,
             embeddings=self._embeddings,
         )  # fmt: skip
-        few = first_images(known.images, _RECORDED, self.work / f"recorded-{self._name}.npy")
         self.notify("record histograms", 0, 1)
-        step = 8 if program.dynamic_batch else program.batch_size
-        found = record(known.program, batches(few, step), known.ranges)
-        write_atomic(self.job.output / name.replace("plan", "calibration"), encode_record(found))
+        path = self.job.output / name.replace("plan", "calibration")
+        record_histograms(known, path, self.work / f"recorded-{self._name}.npy")
         return known
-
-    def _attention(self, program: Program, known: Calibrated | None, images: EvalSet) -> AttentionJob:
-        few = first_images(images, self.job.attention, self.work / f"attention-{self._name}.npy")
-        quantized, int8 = None, "not shown: int8 was not asked for"
-        if known is not None:
-            target, plan = self.targets[0], known.plan
-            quantized = quantize(known.program, plan, target.profile(Precision.INT8, self.job.options))
-            int8 = f"as for {target.name}, {plan.method} on {plan.images} images"
-        return AttentionJob(program, quantized, few, int8, not self._embeddings)
 
     def _samples(self, calibration: Calibrated | None, evaluation: EvalSet) -> Samples:
         """What shows a target the numbers inside its graph: calibration images, else those at hand."""

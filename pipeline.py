@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
-from vit_export import attention_job
 from vit_export.artifacts import EvalSet, LoadedModel, Logits, Precision, Runnable
 from vit_export.build_size import export
 from vit_export.calibration.checks import check_labels
@@ -34,6 +33,7 @@ from vit_export.export.targets import target_named
 from vit_export.job import ExportJob, ImageSources, open_sources
 from vit_export.models import adapt, load
 from vit_export.one_size import OneSize, Outcome
+from vit_export.report_extras import draw_attention
 from vit_export.runtime import beside, report_files, thumbnails
 from vit_export.runtime.accuracy import compare, predictions
 from vit_export.runtime.bundle import write_bundle
@@ -73,8 +73,8 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
             for size in job.image_sizes or (model.image_size,)
         ]
         outcomes = shared(job, targets, outcomes, work, notify)
-        problem = _attention(job, model, outcomes, notify)
-        report = _report(job, command, model, sources, outcomes, problem)
+        problems = draw_attention([o.attention for o in outcomes], model.spec, job.output, notify)
+        report = _report(job, command, model, sources, outcomes, problems)
         if job.bundle_images is not None and any(result.artifact for result in report.results):
             notify("bundle", 0, 1)
             carried = [outcome.carried for outcome in outcomes]
@@ -127,15 +127,6 @@ def _workspace(output: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         if not any(output.iterdir()):  # a run that failed leaves no empty folder behind
             output.rmdir()
-
-
-def _attention(
-    job: ExportJob, model: LoadedModel, outcomes: Sequence[Outcome], notify: ProgressCallback
-) -> tuple[str, ...]:
-    """Draw the attention that was asked for; what could not be shown, as notes."""
-    jobs = [outcome.attention for outcome in outcomes if outcome.attention is not None]
-    problem = attention_job.try_write(jobs, model.spec, job.output, notify) if jobs else ""
-    return (problem,) if problem else ()
 
 
 def _report(

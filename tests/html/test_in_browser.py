@@ -17,7 +17,6 @@ from vit_export.runtime.report_schema import (
     Device,
     DeviceState,
     Gate,
-    LayerSensitivity,
     PackedIds,
     Report,
     StageLoss,

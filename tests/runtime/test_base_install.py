@@ -30,7 +30,7 @@ NEEDS_TORCH = {
     "vit_export.pipeline",
     "vit_export.attention_job",
     "vit_export.one_size",
-    "vit_export.attention_job",
+    "vit_export.report_extras",
     "vit_export.build_size",
     "vit_export.several_sizes",
     "vit_export.calibration.collect",
