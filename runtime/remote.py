@@ -35,7 +35,8 @@ _CACHE = ".cache/vit-export"
 _NO_FOLDER, _NO_PYTHON = 91, 93  # exit codes of _PROBE
 _COLUMNS = ("artifact", "p50 ms", "p99 ms", "top-1", "drop", "agree", "SQNR", "verdict")
 _MAX_HOSTS = 32
-_EXTRAS = {target.name: target.run[0][-1].extra for target in TARGETS}
+# TensorRT comes with JetPack, or from the vendor's own index.
+_EXTRAS = {target.name: target.run[0][-1].extra for target in TARGETS if target.name != "tensorrt"}
 _CLEAN_SECONDS = 60.0  # also after the host's own time is up
 
 _PROBE = """umask 077
@@ -155,7 +156,8 @@ def _probe(connection: Connection, folder: str, targets: Sequence[str]) -> bool:
         )
     if done.code or b"vit-export " not in done.out:
         extras = ",".join(dict.fromkeys(_EXTRAS[target] for target in targets if target in _EXTRAS))
-        install = f"{shown} -m pip install 'vit-export[{extras}]=={__version__}'"
+        package = f"vit-export[{extras}]" if extras else "vit-export"
+        install = f"{shown} -m pip install '{package}=={__version__}'"
         raise TargetError(
             f"{shown} on {host} has no vit-export: {done.err}",
             f"{_by_hand(connection)} {shlex.quote(install)}",
