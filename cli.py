@@ -43,6 +43,8 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
         from vit_export.python310 import tomllib
 
         try:
+            if path.exists() and not path.is_file():  # a device or a pipe may never end
+                raise UsageError(f"--config {path} is not a file")
             if path.stat().st_size > _MAX_CONFIG_BYTES:
                 raise UsageError(f"--config {path} is too large: {path.stat().st_size} bytes")
             values = tomllib.loads(path.read_text("utf-8"))

@@ -65,6 +65,8 @@ def save(plan: QuantPlan, path: Path) -> None:
 def read(path: Path) -> QuantPlan:
     """A plan written by `save`, or by hand. Raises InputError, with the place, for anything else."""
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise InputError(f"{path} is not a file")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is too large for a plan: {path.stat().st_size} bytes")
         content = path.read_bytes()

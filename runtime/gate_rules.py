@@ -101,6 +101,8 @@ def default_rules(*, baseline: bool) -> Rules:
 def read_rules(path: Path) -> Rules:
     """Rules from a TOML file. Raises InputError with the place of what is wrong."""
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise InputError(f"{path} is not a file")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is too large for a file of rules")
         return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Rules)

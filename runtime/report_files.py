@@ -64,6 +64,8 @@ def read(path: Path) -> Report:
     """
     path = path / WRITERS["json"][0] if path.is_dir() else path
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise InputError(f"{path} is not a file")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is too large for a report: {path.stat().st_size} bytes")
         data = path.read_bytes()

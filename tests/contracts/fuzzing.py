@@ -381,7 +381,8 @@ def _load(path: Path) -> object:
 def _read_checkpoint(path: Path) -> object:
     from vit_export.models.checkpoint import read_state
 
-    named = path.with_suffix(".safetensors") if path.read_bytes()[8:9] == b"{" else path
+    safe = path.is_file() and path.read_bytes()[8:9] == b"{"
+    named = path.with_suffix(".safetensors") if safe else path
     if named != path:
         path.rename(named)
     return read_state(named)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import os
 import random
 from pathlib import Path
 
 import pytest
 
-from contracts.fuzzing import READERS, Reader, outcome
+from contracts.fuzzing import READERS, Reader, deadline, outcome
+from vit_export.errors import InputError
 
 # How many damaged files each reader gets in the default run; benchmarks/fuzz.py gives it minutes of them.
 FILES = {
@@ -49,3 +51,18 @@ def test_honest_files(name: str, tmp_path: Path) -> None:
         path = tmp_path / f"{number}{reader.suffix}"
         path.write_bytes(data)
         assert outcome(reader, path) == "read"
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name not in ("manifest", "image")])
+def test_pipes_and_devices(name: str, tmp_path: Path) -> None:
+    """What is read from elsewhere must be a file: a pipe would block, /dev/zero never ends."""
+    reader = READERS[name]
+    os.mkfifo(tmp_path / f"pipe{reader.suffix}")
+    (tmp_path / f"zero{reader.suffix}").symlink_to("/dev/zero")
+    with deadline(10):
+        for path in tmp_path.iterdir():
+            if name == "config":
+                reader.read(path)
+                continue
+            with pytest.raises(InputError):
+                reader.read(path)
