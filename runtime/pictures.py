@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vit_export.errors import InputError, UntrustedInput
 
 _MAX_PIXELS = 16_000_000
 _QUALITY = 80
+# What Pillow's decoders raise on broken files; UnidentifiedImageError is an OSError.
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def data_uri(folder: Path, name: str) -> tuple[str, tuple[int, int]]:
@@ -27,7 +33,7 @@ def data_uri(folder: Path, name: str) -> tuple[str, tuple[int, int]]:
             if image.width * image.height > _MAX_PIXELS:
                 raise InputError(f"{folder / path} is too large: {image.width}x{image.height}")
             return encode(image.convert("RGB")), image.size
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"the picture {folder / path} cannot be read: {error}") from error
 
 

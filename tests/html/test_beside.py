@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -65,6 +67,16 @@ def test_what_is_no_picture_is_an_error(tmp_path: Path) -> None:
     """Text in the place of a picture stops the page with the file's name."""
     (tmp_path / "a.png").write_text("<svg onload='alert(1)'>")
     with pytest.raises(InputError, match=r"a\.png cannot be read"):
+        data_uri(tmp_path, "a.png")
+
+
+@pytest.mark.parametrize("side", [5000, 60000])
+def test_a_picture_that_would_unfold_is_refused(tmp_path: Path, side: int) -> None:
+    """A small PNG that announces millions of pixels is refused before it is decoded."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT")
+    with pytest.raises(InputError, match=r"a\.png"):
         data_uri(tmp_path, "a.png")
 
 
