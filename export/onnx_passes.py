@@ -6,6 +6,7 @@ Shapes in comments: B batch, N tokens, H heads, D channels a head, C = H * D.
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -160,6 +161,20 @@ def _merged_output(node: ir.Node) -> ir.Value | None:
     return reshape.outputs[0] if shape is not None and len(shape) == 3 else None
 
 
+def name_batch(model: ir.Model) -> None:
+    """Call the free batch `batch` wherever it stands (`16*batch` are its windows), not `s77`."""
+    shape = model.graph.inputs[0].shape
+    first = shape[0] if shape is not None else None
+    if not isinstance(first, ir.SymbolicDim) or first.value is None:
+        return
+    symbol = re.compile(rf"\b{re.escape(first.value)}\b")
+    values = (*model.graph.inputs, *(output for node in model.graph for output in node.outputs))
+    for value in values:
+        for axis, side in enumerate(value.shape or ()):
+            if isinstance(side, ir.SymbolicDim) and side.value is not None:
+                value.shape[axis] = ir.SymbolicDim(symbol.sub("batch", side.value))  # type: ignore[index]
+
+
 def name_by_module(model: ir.Model) -> None:
     """Name every node `module.path/Operator` and drop the exporter's traces of the build machine."""
     seen: Counter[str] = Counter()
@@ -232,5 +247,6 @@ PASSES: tuple[Callable[[ir.Model], None], ...] = (
     fold_weight_transposes,
     merge_heads,
     remove_unused,
+    name_batch,
     name_by_module,
 )

@@ -73,7 +73,7 @@ def test_the_file_computes_what_the_adapted_module_does(family: str, kind: str, 
     graph = onnx.load(artifact.path).graph
     assert not {node.op_type for node in graph.node} & {"Resize", "Upsample", "If", "Loop", "NonZero"}
     free = graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    assert free
+    assert free == "batch"
     values = (*graph.input, *graph.output, *graph.value_info)
     open_sides = {
         (axis, side.dim_param)
