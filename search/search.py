@@ -48,7 +48,7 @@ _HELD_FOR_LIMIT = 64  # where a limit is to be kept: a quarter still, but of fin
 _LAYERS = 8  # of the images that judge, those that each layer is judged by
 _SECOND = 32  # images that correlations and mean errors are taken from
 _TIMES = 3.0  # default budget in plain calibrations
-_LEAST = 60.0  # seconds of it, so that small models are not judged by how busy the machine is
+_LEAST = 300.0  # seconds of it: a busy machine must not decide for the models that most people have
 _CORRELATIONS = 1 << 30  # bytes of correlation matrices held at once
 
 Notify = Callable[[str, int, int], None]
