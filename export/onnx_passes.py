@@ -172,7 +172,7 @@ def name_batch(model: ir.Model) -> None:
     for value in values:
         for axis, side in enumerate(value.shape or ()):
             if isinstance(side, ir.SymbolicDim) and side.value is not None:
-                value.shape[axis] = ir.SymbolicDim(symbol.sub("batch", side.value))  # type: ignore[index]
+                value.shape[axis] = ir.SymbolicDim(symbol.sub("batch", side.value))
 
 
 def name_by_module(model: ir.Model) -> None:
