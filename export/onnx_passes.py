@@ -170,9 +170,13 @@ def name_batch(model: ir.Model) -> None:
     symbol = re.compile(rf"\b{re.escape(first.value)}\b")
     values = (*model.graph.inputs, *(output for node in model.graph for output in node.outputs))
     for value in values:
-        for axis, side in enumerate(value.shape or ()):
-            if isinstance(side, ir.SymbolicDim) and side.value is not None:
-                value.shape[axis] = ir.SymbolicDim(symbol.sub("batch", side.value))
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(side, symbol) for side in value.shape])
+
+
+def _renamed(side: int | ir.SymbolicDim, symbol: re.Pattern[str]) -> int | ir.SymbolicDim:
+    named = isinstance(side, ir.SymbolicDim) and side.value is not None
+    return ir.SymbolicDim(symbol.sub("batch", str(side.value))) if named else side  # type: ignore[union-attr]
 
 
 def name_by_module(model: ir.Model) -> None:
