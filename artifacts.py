@@ -283,6 +283,7 @@ class BuildRequest:
     ranges: calibrated input ranges, where they are known. metadata: strings for the artifact's own
     metadata. options: the target's own, as named on the command line. samples: a few images, for targets
     that look at the numbers inside the lowered graph; samples_are: what they are, `8 calibration images`.
+    timeout: seconds a vendor's step may take.
     """
 
     precision: Precision
@@ -295,6 +296,7 @@ class BuildRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     samples: Images | None = None
     samples_are: str = ""
+    timeout: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +334,8 @@ class EvalSet:
 
     pixels: path of a .npy with uint8 [N, H, W, 3]. names: one a image, for flipped-image lists.
     skipped: images left out because they could not be read, each as `name: reason`.
+    digest: what decides the pixels (images, labels and contract); empty for a set that nothing keeps.
+    parts: a set evaluated in pieces, which then may lie elsewhere; `pixels` is that of the first.
     """
 
     pixels: Path
@@ -340,6 +344,8 @@ class EvalSet:
     labels: Labels | None = None
     names: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    digest: str = ""
+    parts: tuple[EvalSet, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

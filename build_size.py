@@ -20,9 +20,10 @@ from vit_export.artifacts import (
     Ranges,
     TargetProfile,
 )
+from vit_export.calibration.plan import read as read_plan
 from vit_export.calibration.plan import save as save_plan
 from vit_export.calibration.preprocess import Batches, batches
-from vit_export.errors import VitExportError
+from vit_export.export import rewritten
 from vit_export.export.quantize import quantize
 from vit_export.export.target import Target
 from vit_export.job import ExportJob
@@ -30,6 +31,9 @@ from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Result
 from vit_export.search.search import Search
+from vit_export.stage_keys import chips, key
+from vit_export.stages import Stages, artifact_of, failure
+from vit_export.store import Key
 
 _BATCH = 8  # images a calibration step, where the program takes any number
 _SAMPLES = 8  # images a target may look at while it builds
@@ -47,13 +51,14 @@ def export(program: Program, plan: QuantPlan | None, target: Target, request: Bu
 class Calibrated:
     """What calibration gave: the images it saw, what it measured and what was decided.
 
-    program: the float program the plan is for; equal in function to the traced one.
+    program: the float program the plan is for; equal in function to the traced one. digest: its key.
     """
 
     images: EvalSet
     ranges: Ranges
     plan: QuantPlan
     program: Program
+    digest: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,7 +96,71 @@ def calibrated(
 def judging_profile(job: ExportJob, targets: Sequence[Target]) -> TargetProfile:
     """The profile a plan for several targets is judged under: symmetric before others."""
     profiles = [t.profile(Precision.INT8, {**job.options, "opset": job.opset}) for t in targets]
-    return min(profiles, key=lambda profile: profile.activations != "symmetric")
+    default = TargetProfile("asymmetric", opset=0, attention="fused")  # nothing is built: ranges alone
+    return min(profiles, key=lambda profile: profile.activations != "symmetric", default=default)
+
+
+def calibrated_once(
+    stages: Stages,
+    job: ExportJob,
+    program: Program,
+    digest: str,
+    images: EvalSet,
+    profile: TargetProfile,
+    path: Path,
+    work: Path,
+    notify: ProgressCallback,
+    *,
+    embeddings: bool = False,
+) -> Calibrated:
+    """`calibrated`, or what it gave before; the program comes from its files either way.
+
+    path: where the plan is wanted; work: an empty folder.
+    """
+    decided = key(
+        "calibrate",
+        program=digest,
+        images=images.digest,
+        labels=images.labels,
+        choices=job.choices,
+        keep_float=job.keep_float,
+        max_drop=job.max_drop,
+        sensitivity=job.sensitivity,
+        seed=job.seed,
+        profile=profile if job.judges else "not looked at",
+        embeddings=embeddings,
+    )
+
+    def make(folder: Path) -> object:
+        plan = folder / "plan.json"
+        found = calibrated(job, program, images, profile, plan, notify, embeddings=embeddings)
+        rewritten.save(found.program, program, folder)
+        return found.ranges
+
+    ranges = stages.once("calibrate", decided, work, make)
+    plan = read_plan(work / "plan.json")
+    save_plan(plan, path)
+    ready = rewritten.load(program, work)
+    return Calibrated(images, msgspec.convert(ranges, Ranges), plan, ready, decided.digest)
+
+
+def build_key(builder: SizeBuilder, target: Target, precision: Precision) -> Key:
+    """What decides the bytes of one artifact."""
+    job, known, samples = builder.job, builder.calibration, builder.samples
+    looks = target.profile(precision, {**job.options, "opset": job.opset}).rest == "float16"
+    return key(
+        "build",
+        program=builder.digest,
+        calibration=known.digest if known else "none",
+        samples=f"{samples.kind} {samples.images.digest}" if looks else "not looked at",
+        target=target.name,
+        precision=str(precision),
+        opset=job.opset,
+        batch_size=job.batch_size,
+        options=job.options,
+        metadata=builder.metadata(precision),
+        device=chips() if target.name == "tensorrt" else "any",
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,6 +174,8 @@ class SizeBuilder:
     calibration: Calibrated | None
     samples: Samples
     notify: ProgressCallback
+    stages: Stages
+    digest: str  # of the program
 
     def build_all(self) -> Iterator[tuple[Target, BuiltArtifact] | Result]:
         """One artifact, or one failed result, for each target and precision."""
@@ -113,39 +184,50 @@ class SizeBuilder:
             self.notify(f"build {target.name} {precision}", done, len(wanted))
             try:
                 yield target, self._build(target, precision)
-            except VitExportError as error:
+            except Exception as error:  # noqa: BLE001  (`failure` sorts them)
                 yield Result(
                     target=target.name,
                     precision=precision,
                     image_size=self.model.image_size,
                     status="failed",
-                    reason=str(error),
+                    reason=failure(error, self.job.output),
                 )
 
     def _build(self, target: Target, precision: Precision) -> BuiltArtifact:
         height, width = self.model.image_size
         final = self.job.output / target.name / precision / f"{height}x{width}"
+        key = build_key(self, target, precision)
+        with atomic_directory(final) as folder:
+
+            def make(_: Path) -> object:
+                known = self.calibration
+                quantised = precision is Precision.INT8 and known is not None
+                program = known.program if quantised and known else self.program
+                request = self._request(precision, folder)
+                built = export(program, known.plan if known else None, target, request)
+                return dataclasses.replace(built, path=built.path.relative_to(folder))
+
+            note = self.stages.once(f"build {target.name} {precision}", key, folder, make, link=False)
+        return artifact_of(note, final)
+
+    def _request(self, precision: Precision, folder: Path) -> BuildRequest:
         known = self.calibration
         few = next(batches(self.samples.images, _SAMPLES))
-        with atomic_directory(final) as folder:
-            request = BuildRequest(
-                precision=precision,
-                folder=folder,
-                preprocessing=self.model.preprocessing,
-                opset=self.job.opset,
-                batch_size=self.job.batch_size,
-                ranges=known.ranges if known else None,
-                metadata=self._metadata(precision),
-                options=self.job.options,
-                samples=few,
-                samples_are=f"{len(few)} {self.samples.kind}",
-            )
-            quantised = precision is Precision.INT8 and known is not None
-            program = known.program if quantised and known else self.program
-            artifact = export(program, known.plan if known else None, target, request)
-        return dataclasses.replace(artifact, path=final / artifact.path.relative_to(folder))
+        return BuildRequest(
+            precision=precision,
+            folder=folder,
+            preprocessing=self.model.preprocessing,
+            opset=self.job.opset,
+            batch_size=self.job.batch_size,
+            ranges=known.ranges if known else None,
+            metadata=self.metadata(precision),
+            options=self.job.options,
+            samples=few,
+            samples_are=f"{len(few)} {self.samples.kind}",
+            timeout=self.job.timeout,
+        )
 
-    def _metadata(self, precision: Precision) -> Mapping[str, str]:
+    def metadata(self, precision: Precision) -> Mapping[str, str]:
         contract = self.model.preprocessing
         return {
             "producer": f"vit-export {__version__}",

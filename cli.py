@@ -13,6 +13,7 @@ from vit_export import __version__
 from vit_export.cli_attention import attention as attention_command
 from vit_export.cli_gate import gate
 from vit_export.cli_options import METHODS, export_job
+from vit_export.cli_sweep import sweep, worker
 from vit_export.cli_verify import verify
 from vit_export.errors import UsageError, VitExportError
 
@@ -103,7 +104,7 @@ def export(
     fp16: Annotated[bool, typer.Option("--fp16", help="float16 artifact")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="int8 artifact; needs --calib")] = False,
     calib: Annotated[
-        Path | None, typer.Option(help="calibration images: folder, folder a class, or .npz")
+        str | None, typer.Option(help="calibration images: folder, folder a class, .npz, or URL of a folder")
     ] = None,
     calib_size: Annotated[int, typer.Option(min=1, help="calibration images at most")] = 128,
     calib_method: Annotated[
@@ -118,7 +119,7 @@ def export(
         float | None, typer.Option(min=0, help="minutes; by default about three plain calibrations")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option("--eval", help="images to judge on, as for --calib")
+        str | None, typer.Option("--eval", help="images to judge on, as for --calib")
     ] = None,
     eval_size: Annotated[int | None, typer.Option(min=2, help="evaluation images at most")] = None,
     max_drop: Annotated[
@@ -148,7 +149,16 @@ def export(
         Path | None, typer.Option(callback=_config, is_eager=True, help="TOML file with any of these options")
     ] = None,
     seed: Annotated[int, typer.Option(help="of sampling and of intervals")] = 0,
-    timeout: Annotated[float, typer.Option(min=1, help="seconds a runtime may take to answer")] = 600,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="seconds a runtime or a vendor's build step may take")
+    ] = 600,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="reuse the finished stages of an interrupted run")
+    ] = True,
+    store: Annotated[
+        str | None,
+        typer.Option(help="folder or URL that keeps finished stages for any later run; else OUTPUT/.cache"),
+    ] = None,
     require_run: Annotated[
         bool, typer.Option("--require-run", help="exit 3 when an artifact cannot be run here")
     ] = False,
@@ -224,6 +234,9 @@ def _run(job: ExportJob, *, quiet: bool, verbose: bool, as_json: bool) -> None:
         report = pipeline.run(job, command, notify)
     for note in report.model.notes:
         console.print(f"note: {printable(note)}", style="dim", soft_wrap=True)
+    if report.reused:
+        names = ", ".join(dict.fromkeys(report.reused))
+        console.print(f"note: not run again (--no-resume to do so): {names}", style="dim", soft_wrap=True)
     print_report(report, console)
     for what, line in _next_steps(job, [result.status for result in report.results]):
         console.print(f"{what:<10} {line}", style="dim", soft_wrap=True)
@@ -321,6 +334,8 @@ def _shown(size: Size | None) -> str:
 
 app.command(short_help="judge a bundle here, or on devices over SSH")(verify)
 app.command(short_help="turn CI red for a regression")(gate)
+app.command(short_help="run a matrix of models, sizes and targets on Dask")(sweep)
+app.command(short_help="serve a Dask scheduler with what this machine can do")(worker)
 app.command("attention", short_help="where the model looks, FP32 beside int8")(attention_command)
 
 
@@ -348,6 +363,9 @@ def main() -> None:
             raise
         typer.echo(f"error: {_plain(error)}", err=True)
         sys.exit(error.exit_code)
+    except MemoryError:
+        typer.echo("error: not enough memory\n  finished stages are kept: free some and run again", err=True)
+        sys.exit(3)
     except Exception as error:
         if verbose:
             raise

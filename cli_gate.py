@@ -10,7 +10,7 @@ import typer
 
 
 def gate(
-    report: Annotated[Path, typer.Argument(help="report.json, or the folder that holds it")],
+    report: Annotated[Path, typer.Argument(help="report.json or sweep.json, or the folder that holds it")],
     baseline: Annotated[Path | None, typer.Option(help="report to compare with")] = None,
     rules: Annotated[Path | None, typer.Option(help="TOML file of rules")] = None,
     junit: Annotated[Path | None, typer.Option(help="write the checks as JUnit XML")] = None,
@@ -38,12 +38,15 @@ def gate(
     from vit_export.runtime.console import make_console, print_gate
     from vit_export.runtime.files import write_atomic
     from vit_export.runtime.gate_rules import read_rules
+    from vit_export.runtime.sweep_schema import is_sweep
+    from vit_export.runtime.sweep_schema import read as read_sweep
 
-    outcome = gates.gate(
-        report_files.read(report),
-        report_files.read(baseline) if baseline else None,
-        read_rules(rules) if rules else None,
-    )
+    given = read_rules(rules) if rules else None
+    if is_sweep(report):
+        outcome = gates.gate_sweep(read_sweep(report), read_sweep(baseline) if baseline else None, given)
+    else:
+        read = report_files.read
+        outcome = gates.gate(read(report), read(baseline) if baseline else None, given)
     print_gate(outcome, make_console())
     if annotations if annotations is not None else os.environ.get("GITHUB_ACTIONS") == "true":
         for line in gate_annotations.github(outcome):

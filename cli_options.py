@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_export.errors import UsageError
@@ -43,10 +44,10 @@ def export_job(options: Mapping[str, Any]) -> ExportJob:
         image_sizes=tuple(size(text) for text in options["image_size"] or ()),
         targets=targets(options["target"]),
         precisions=precisions(options),
-        calib=options["calib"],
+        calib=place(options["calib"]),
         calib_size=options["calib_size"],
         choices=choices(options),
-        evaluation=options["evaluation"],
+        evaluation=place(options["evaluation"]),
         eval_size=options["eval_size"],
         keep_float=tuple(options["keep_float"] or ()),
         max_drop=options["max_drop"],
@@ -62,6 +63,8 @@ def export_job(options: Mapping[str, Any]) -> ExportJob:
         zipped=options["zipped"],
         attention=options["attention"],
         options=extra,
+        resume=options["resume"],
+        store=options["store"],
     )
 
 
@@ -82,6 +85,11 @@ def attention_job(options: Mapping[str, Any]) -> ExportJob:
         output=options["output"].absolute(),
         seed=options["seed"],
     )
+
+
+def place(text: str | None) -> Path | str | None:
+    """Where images are: a path, or a URL as text."""
+    return text if text is None or "://" in text else Path(text)
 
 
 def load_options(options: Mapping[str, Any]) -> LoadOptions:

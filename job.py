@@ -24,13 +24,17 @@ _HELD_OUT = 5  # without --eval, one image in this many is kept from calibration
 
 @dataclass(frozen=True, slots=True)
 class ExportJob:
-    """One run. Empty image_sizes: the model's own size. calib, evaluation: None takes what the model brings.
+    """One run. Empty image_sizes: the model's own size. calib, evaluation: a path, or as text a URL that
+    fsspec opens; None takes what the model brings.
 
     max_drop: points of top-1; when it is None the default limit informs the verdict but not the exit code.
     batch_size: fixes the batch of the artifacts; None keeps it dynamic and measures at batch 1.
     bundle_images: evaluation images bundle/ carries at most, None for no bundle; zipped: also bundle.zip.
     attention: evaluation images whose attention is drawn.
     options: what only one target understands, by its own names.
+    part: evaluate in pieces of so many images, each a stage of its own; a multiple of 32 changes no number.
+    resume: reuse finished stages, from `store` (a folder or fsspec URL, kept) or from output/.cache (kept
+    until a run ends well).
     """
 
     model: str = DEFAULT
@@ -39,10 +43,10 @@ class ExportJob:
     image_sizes: tuple[Size, ...] = ()
     targets: tuple[str, ...] = ("onnx",)
     precisions: tuple[Precision, ...] = (Precision.FP32,)
-    calib: Path | None = None
+    calib: Path | str | None = None
     calib_size: int = 128
     choices: Choices = AUTO
-    evaluation: Path | None = None
+    evaluation: Path | str | None = None
     eval_size: int | None = None
     keep_float: tuple[str, ...] = ()
     max_drop: float | None = None
@@ -58,11 +62,21 @@ class ExportJob:
     zipped: bool = False
     attention: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = True
+    store: str | None = None
+    part: int | None = None
 
     @property
     def load_options(self) -> LoadOptions:
         """How to load the model, with the first image size as a hint for one that states none."""
         return self.load if not self.image_sizes else replace(self.load, image_size=self.image_sizes[0])
+
+    @property
+    def judges(self) -> bool:
+        """Whether calibration looks at what a target makes of the network, or only at the network."""
+        tried = self.choices
+        judged = tried.open or True in tried.correct_bias
+        return judged or self.sensitivity or self.max_drop is not None
 
     @property
     def limits(self) -> Limits:
@@ -113,22 +127,29 @@ def _split(source: ImageSource, job: ExportJob) -> ImageSources:
     """One source cut into calibration and evaluation images that do not overlap."""
     count = len(source)
     if count < 2:
-        raise InputError(f"{source.path} has one image", "give more, or --eval with images to judge on")
+        raise InputError(f"{source.where} has one image", "give more, or --eval with images to judge on")
     aside = min(max(count // _HELD_OUT, count - job.calib_size), job.eval_size or count)
     order = np.random.default_rng(job.seed).permutation(count)
     held, rest = order[:aside], order[aside:]
     calib = source.take(sorted(int(i) for i in rest)).sample(job.calib_size, job.seed)
     evaluation = source.take(sorted(int(i) for i in held))
-    note = f"no --eval: judged on {len(evaluation)} images of {source.path} that calibration did not see"
+    note = f"no --eval: judged on {len(evaluation)} images of {source.where} that calibration did not see"
     return ImageSources(calib, evaluation, (note,))
 
 
-def synthetic_pixels(contract: Preprocessing, path: Path, seed: int) -> EvalSet:
+def synthetic_pixels(contract: Preprocessing, folder: Path, seed: int) -> EvalSet:
     """Seeded uniform noise in the place of images: enough to compare numbers, not to judge accuracy."""
+    path = folder / f"noise-{contract.size[0]}x{contract.size[1]}.npy"
     shape = (_NOISE_IMAGES, *contract.size, 3)
     np.save(path, np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
     names = tuple(f"noise {i}" for i in range(_NOISE_IMAGES))
-    return EvalSet(pixels=path, preprocessing=contract, count=_NOISE_IMAGES, names=names)
+    return EvalSet(
+        pixels=path,
+        preprocessing=contract,
+        count=_NOISE_IMAGES,
+        names=names,
+        digest=f"noise {seed} {contract.digest()}",
+    )
 
 
 def first_images(images: EvalSet, count: int, path: Path) -> EvalSet:
@@ -137,4 +158,12 @@ def first_images(images: EvalSet, count: int, path: Path) -> EvalSet:
         return images
     np.save(path, np.load(images.pixels, mmap_mode="r")[:count])
     labels = None if images.labels is None else images.labels[:count]
-    return replace(images, pixels=path, count=count, labels=labels, names=images.names[:count])
+    return replace(
+        images,
+        pixels=path,
+        count=count,
+        labels=labels,
+        names=images.names[:count],
+        digest=f"first {count} of {images.digest}",
+        parts=(),
+    )

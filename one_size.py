@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from vit_export.artifacts import (
     Program,
     QuantPlan,
     Runnable,
+    TargetProfile,
 )
 from vit_export.attention_job import AttentionJob
-from vit_export.build_size import Calibrated, Samples, SizeBuilder, calibrated, judging_profile
+from vit_export.build_size import Calibrated, Samples, SizeBuilder, calibrated_once, judging_profile
 from vit_export.calibration.checks import inspect
-from vit_export.calibration.preprocess import Batches, batches, write_pixels
-from vit_export.errors import ParityError, VitExportError
+from vit_export.calibration.preprocess import Batches, batches
+from vit_export.errors import ParityError
 from vit_export.export.fake_quant import fake_quantized
 from vit_export.export.half_range import half_overflows, overflow_words
 from vit_export.export.program import PARITY, save_baseline, trace
@@ -33,17 +35,19 @@ from vit_export.job import ExportJob, ImageSources, first_images, synthetic_pixe
 from vit_export.report_extras import attention_of, record_histograms
 from vit_export.runtime.accuracy import compare, predictions, score
 from vit_export.runtime.bundle import SizeImages
-from vit_export.runtime.inference import Prediction, predict
+from vit_export.runtime.inference import Prediction
 from vit_export.runtime.latency import Timings, alternate
 from vit_export.runtime.profiles import profiled
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageLoss
 from vit_export.runtime.verdict import judged
 from vit_export.search.judge import run as run_batches
+from vit_export.stage_keys import digest, key, program_digest
+from vit_export.stages import Stages, failure
 
 _HALF_IMAGES = 8  # images on which an overflow of float16 is looked for
 _BLAME_IMAGES = 32  # images on which losses are split by stage
-_BASELINE = "pytorch"
+BASELINE = "pytorch"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,28 +86,31 @@ class OneSize:
     sources: ImageSources
     work: Path
     notify: ProgressCallback
+    stages: Stages
+    timed: bool = True
+    digest: str = ""  # of the program, once traced
+    calibration: str = ""  # its digest, once calibrated
+    traced: Program | None = None
     outputs: dict[str, Logits] = dataclasses.field(default_factory=dict)
 
     def run(self) -> Outcome:
         """Trace, calibrate, build, run, time and judge."""
-        self.notify("trace", 0, 1)
-        program = trace(
-            self.model, batch_size=self.job.batch_size or 1, dynamic_batch=self.job.batch_size is None
-        )
-        evaluation = self._pixels("eval")
-        calibration = self._calibrate(program)
+        program = self.trace()
+        evaluation = self.pixels("eval")
+        shown = next(iter(evaluation.parts), evaluation)  # what is at hand of images in parts
+        calibration = self.calibrate(program)
         calib, plan = (calibration.images, calibration.plan) if calibration else (None, None)
-        doubts = inspect(calib, evaluation if self.sources.evaluation else None) if calib else ()
-        doubts += self._overflows(program, calib or evaluation)
-        baseline = self._baseline_runnable(program)
-        reference = self._predict(_BASELINE, baseline, evaluation, program)
-        samples = self._samples(calibration, evaluation)
-        builder = SizeBuilder(self.job, self.model, self.targets, program, calibration, samples, self.notify)
-        built = list(builder.build_all())
+        doubts = inspect(calib, shown if self.sources.evaluation else None) if calib else ()
+        doubts += self._overflows(program, calib or shown)
+        baseline = self.baseline(program)
+        reference = self._predict(BASELINE, baseline, evaluation, program)
+        if calibration is not None:
+            self._record(calibration)
+        built = list(self.builder(program, calibration, shown).build_all())
         prepared = calibration.program if calibration else program
         results = [self._check(prepared, plan, item, reference.logits, evaluation) for item in built]
         timings = self._time(baseline, built, results, evaluation)
-        results = [self._timed(result, timings) for result in results]
+        results = [timed(result, timings) for result in results]
         results = [
             self._profiled(result, item, reference.logits, evaluation)
             for result, item in zip(results, built, strict=True)
@@ -142,6 +149,23 @@ class OneSize:
             plan,
         )
 
+    def trace(self) -> Program:
+        """The program at this size, traced once; its digest is what the keys of all later stages rest on."""
+        if self.traced is None:
+            self.notify("trace", 0, 1)
+            batch = self.job.batch_size
+            self.traced = trace(self.model, batch_size=batch or 1, dynamic_batch=batch is None)
+        self.digest = self.digest or program_digest(self.traced)
+        return self.traced
+
+    def builder(self, program: Program, calibration: Calibrated | None, images: EvalSet) -> SizeBuilder:
+        """What builds the artifacts of this size. images: of the evaluation, those at hand."""
+        samples = self._samples(calibration, images)
+        return SizeBuilder(
+            self.job, self.model, self.targets, program, calibration, samples, self.notify, self.stages,
+            self.digest,
+        )  # fmt: skip
+
     @property
     def _name(self) -> str:
         return f"{self.model.image_size[0]}x{self.model.image_size[1]}"
@@ -150,16 +174,16 @@ class OneSize:
     def _embeddings(self) -> bool:
         return self.model.num_classes == 0
 
-    def _pixels(self, which: str) -> EvalSet:
-        path = self.work / f"{which}-{self._name}.npy"
+    def pixels(self, which: str) -> EvalSet:
+        """The `eval` or `calib` images at this size; seeded noise where there are none."""
+        folder = self.work / f"{which}-{self._name}"
         source = self.sources.evaluation if which == "eval" else self.sources.calibration
         if source is None:
-            return synthetic_pixels(self.model.preprocessing, path, self.job.seed)
-        stage, total = f"preprocess {which} images", len(source)
-        self.notify(stage, 0, total)
-        return write_pixels(
-            source, self.model.preprocessing, path, progress=lambda done: self.notify(stage, done, total)
-        )
+            return synthetic_pixels(self.model.preprocessing, self.work, self.job.seed)
+        wanted = (f"{which} images", source, self.model.preprocessing, folder)
+        if which == "eval" and self.job.part and len(source) > self.job.part:
+            return self.stages.in_parts(*wanted, self.job.part)
+        return self.stages.pixels(*wanted, notify=self.notify)
 
     def _overflows(self, program: Program, images: EvalSet) -> tuple[str, ...]:
         """Where float16 overflows on the first images, if any artifact computes in it."""
@@ -170,19 +194,27 @@ class OneSize:
         words = overflow_words(half_overflows(program, next(batches(images, _HALF_IMAGES))))
         return (words,) if words else ()
 
-    def _calibrate(self, program: Program) -> Calibrated | None:
+    def calibrate(self, program: Program) -> Calibrated | None:
+        """Ranges and plan, where int8 is asked for."""
         if Precision.INT8 not in self.job.precisions:
             return None
-        name = "plan.json" if len(self.job.image_sizes) < 2 else f"plan-{self._name}.json"
-        profile = judging_profile(self.job, self.targets)
-        known = calibrated(
-            self.job, program, self._pixels("calib"), profile, self.job.output / name, self.notify,
-            embeddings=self._embeddings,
+        known = calibrated_once(
+            self.stages, self.job, program, self.digest, self.pixels("calib"),
+            judging_profile(self.job, self.targets), self.job.output / self._plan_name,
+            self.work / f"calibrated-{self._name}", self.notify, embeddings=self._embeddings,
         )  # fmt: skip
-        self.notify("record histograms", 0, 1)
-        path = self.job.output / name.replace("plan", "calibration")
-        record_histograms(known, path, self.work / f"recorded-{self._name}.npy")
+        self.calibration = known.digest
         return known
+
+    @property
+    def _plan_name(self) -> str:
+        return "plan.json" if len(self.job.image_sizes) < 2 else f"plan-{self._name}.json"
+
+    def _record(self, known: Calibrated) -> None:
+        """The histograms that the report shows, beside the plan."""
+        self.notify("record histograms", 0, 1)
+        path = self.job.output / self._plan_name.replace("plan", "calibration")
+        record_histograms(known, path, self.work / f"recorded-{self._name}.npy")
 
     def _samples(self, calibration: Calibrated | None, evaluation: EvalSet) -> Samples:
         """What shows a target the numbers inside its graph: calibration images, else those at hand."""
@@ -192,23 +224,39 @@ class OneSize:
             evaluation, "evaluation images" if self.sources.evaluation else "images of seeded noise"
         )
 
-    def _baseline_runnable(self, program: Program) -> Runnable:
+    def baseline(self, program: Program) -> Runnable:
+        """The FP32 source as a file that a worker opens: the program as traced, or the .onnx it came from."""
         if self.model.baseline_path is not None:
             return Runnable("onnx", self.model.baseline_path, self.job.threads)
-        path = self.work / f"baseline-{self._name}.pt2"
-        save_baseline(program, path)
-        return Runnable(_BASELINE, path, self.job.threads)
+        folder = self.work / f"baseline-{self._name}"
+        decided = key("baseline", program=self.digest)
+        self.stages.once("baseline", decided, folder, lambda _: save_baseline(program, folder / "model.pt2"))
+        return Runnable(BASELINE, folder / "model.pt2", self.job.threads)
+
+    def keep(self, runnable: Runnable) -> None:
+        """Put the files of a baseline that was not made here into the store, for machines without them."""
+        folder = self.work / f"baseline-{self._name}"
+
+        def make(_: Path) -> None:
+            for file in runnable.path.parent.glob(f"{runnable.path.stem}.*"):
+                shutil.copyfile(file, folder / file.name)
+
+        self.stages.once("baseline", key("baseline", program=self.digest), folder, make)
+
+    def content(self, runnable: Runnable) -> str:
+        """What the baseline's file holds: torch writes no two alike. Empty for others."""
+        return digest([self.digest, self.job.threads]) if runnable.runner == BASELINE else ""
 
     def _predict(self, name: str, runnable: Runnable, images: EvalSet, program: Program) -> Prediction:
-        out = self.work / f"{name.replace(' ', '-')}-{self._name}.npy"
-        step = min(16, images.count) if program.dynamic_batch else program.batch_size
-        return predict(
+        return self.stages.predict(
+            name,
             runnable,
             images,
-            out,
-            batch=step,
+            self.work / f"{name.replace(' ', '-')}-{self._name}",
+            batch=min(16, images.count) if program.dynamic_batch else program.batch_size,
             timeout=self.job.timeout,
-            progress=lambda _, done, total: self.notify(f"evaluate {name}", done, total),
+            notify=self.notify,
+            content=self.content(runnable),
         )
 
     def _check(
@@ -225,10 +273,10 @@ class OneSize:
         target, artifact = item
         result = self._result(target, artifact, plan)
         try:
-            if reason := target.not_run():
+            name = f"{artifact.target} {artifact.precision}"
+            if (reason := target.not_run()) and name not in self.stages.answers:
                 result = msgspec.structs.replace(result, status="not_run", reason=reason)
                 return self._graph_alone(program, plan, target, artifact, reference, images, result)
-            name = f"{artifact.target} {artifact.precision}"
             prediction = self._predict(name, target.runnable(artifact, self.job.threads), images, program)
             self._check_parity(artifact, reference, prediction.logits)
             accuracy = compare(
@@ -246,8 +294,8 @@ class OneSize:
             return result.with_accuracy(
                 accuracy, None if self._embeddings else predictions(prediction.logits)
             )
-        except VitExportError as error:
-            return msgspec.structs.replace(result, status="failed", reason=str(error))
+        except Exception as error:  # noqa: BLE001  (`failure` sorts them)
+            return msgspec.structs.replace(result, status="failed", reason=failure(error, self.job.output))
 
     def _graph_alone(
         self,
@@ -326,7 +374,7 @@ class OneSize:
         steps: list[tuple[str, Logits]] = []
         if artifact.precision is Precision.INT8 and plan is not None:
             profile = target.profile(artifact.precision, {**self.job.options, "opset": self.job.opset})
-            steps.append(("quantize", _run_in_torch(quantize(program, plan, profile), few)))
+            steps.append(("quantize", self._quantized(program, plan, profile, few)))
         lowered = target.lowered(artifact, self.job.threads, self.work)
         graph = None
         if lowered is not None:
@@ -342,6 +390,23 @@ class OneSize:
             before = logits
         return tuple(stages), graph
 
+    def _quantized(
+        self, program: Program, plan: QuantPlan, profile: TargetProfile, images: EvalSet
+    ) -> Logits:
+        """What the quantised program says in PyTorch."""
+        decided = key(
+            "quantize", program=self.digest, calibration=self.calibration, plan=plan, profile=profile,
+            images=images.digest,
+        )  # fmt: skip
+        folder = self.work / f"quantized-{decided.digest[:16]}"
+
+        def make(_: Path) -> None:
+            np.save(folder / "logits.npy", _run_in_torch(quantize(program, plan, profile), images))
+
+        self.stages.once("quantized in PyTorch", decided, folder, make)
+        logits: Logits = np.load(folder / "logits.npy", allow_pickle=False)
+        return logits
+
     def _time(
         self,
         baseline: Runnable,
@@ -349,7 +414,9 @@ class OneSize:
         results: Sequence[Result],
         images: EvalSet,
     ) -> Timings:
-        runnables = {_BASELINE: baseline}
+        if not self.timed:
+            return Timings({})
+        runnables = {BASELINE: baseline}
         for item, result in zip(built, results, strict=True):
             if not isinstance(item, Result) and result.status == "ok" and not item[0].not_timed():
                 runnables[result.name] = item[0].runnable(item[1], self.job.threads)
@@ -359,21 +426,6 @@ class OneSize:
             batch=self.job.batch_size or 1,
             timeout=self.job.timeout,
             progress=lambda name, done, total: self.notify("measure latency", done, total),
-        )
-
-    def _timed(self, result: Result, timings: Timings) -> Result:
-        if result.name in timings.failed:
-            reason = str(timings.failed[result.name])
-            return msgspec.structs.replace(result, status="failed", reason=reason)
-        if result.name not in timings.rounds:
-            return result
-        latency = timings.latency(result.name)
-        fp16 = result.name.replace(f" {result.precision} ", " fp16 ")
-        return msgspec.structs.replace(
-            result,
-            latency_ms=latency,
-            speedup=timings.median_ratio(_BASELINE, result.name),
-            speedup_vs_fp16=timings.median_ratio(fp16, result.name) if fp16 in timings.rounds else None,
         )
 
     def _profiled(
@@ -397,16 +449,33 @@ class OneSize:
         if images.labels is not None:
             top1, top5 = score(reference.logits, images.labels, embeddings=self._embeddings)
         return Baseline(
-            runtime="onnxruntime" if self.model.baseline_path else _BASELINE,
+            runtime="onnxruntime" if self.model.baseline_path else BASELINE,
             precision=Precision.FP32,
             image_size=self.model.image_size,
             runtime_version=reference.version,
             top1=top1,
             top5=top5,
-            latency_ms=timings.latency(_BASELINE),
+            latency_ms=timings.latency(BASELINE) if self.timed else None,
             peak_rss_bytes=reference.peak_rss_bytes,
             predictions=None if self._embeddings else PackedIds.pack(predictions(reference.logits)),
         )
+
+
+def timed(result: Result, timings: Timings) -> Result:
+    """The result with what was measured of it; one whose runtime failed meanwhile has failed."""
+    if result.name in timings.failed:
+        reason = str(timings.failed[result.name])
+        return msgspec.structs.replace(result, status="failed", reason=reason)
+    if result.name not in timings.rounds:
+        return result
+    latency = timings.latency(result.name)
+    fp16 = result.name.replace(f" {result.precision} ", " fp16 ")
+    return msgspec.structs.replace(
+        result,
+        latency_ms=latency,
+        speedup=timings.median_ratio(BASELINE, result.name),
+        speedup_vs_fp16=timings.median_ratio(fp16, result.name) if fp16 in timings.rounds else None,
+    )
 
 
 def _run_in_torch(program: Program, images: EvalSet) -> Logits:

@@ -13,11 +13,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+
+import torch
 
 from vit_export.artifacts import EvalSet, LoadedModel, Logits, Precision, Runnable
 from vit_export.build_size import export
@@ -26,7 +26,6 @@ from vit_export.calibration.collect import calibrate
 from vit_export.calibration.images import ImageSource
 from vit_export.calibration.plan import plan as make_plan
 from vit_export.calibration.preprocess import batches, write_pixels
-from vit_export.errors import UsageError
 from vit_export.export.program import trace
 from vit_export.export.quantize import quantize
 from vit_export.export.targets import target_named
@@ -44,6 +43,9 @@ from vit_export.runtime.report_schema import Data, EvalData, ImageData, ModelInf
 from vit_export.runtime.verdict import exit_code
 from vit_export.search.choices import decided
 from vit_export.several_sizes import shared
+from vit_export.stages import Stages, silent
+from vit_export.store import Store
+from vit_export.workspace import CACHE, workspace
 
 __all__ = [
     "adapt", "batches", "calibrate", "exit_code", "export", "load", "make_plan", "predict", "quantize", "run",
@@ -57,24 +59,25 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
     progress: called with (stage, steps done, of). Raises VitExportError for what stops the whole run;
     a target that fails becomes a failed result.
     """
-    notify = progress or _silent
+    notify = progress or silent
     targets = [target_named(name) for name in job.targets]
     for target in targets:
         target.require()
-    with _workspace(job.output) as work:
+    stages = _stages(job)
+    with workspace(job.output) as work:
         beside.clear(job.output)
         notify(f"download {job.model}" if job.load.pretrained else f"load {job.model}", 0, 1)
-        model = load(job.model, job.load_options)
+        model = load_seeded(job)
         sources = open_sources(job)
         for source in sources.all():
             check_labels(source, model.num_classes)
         outcomes = [
-            OneSize(job, adapt(model, size, job.adapt), targets, sources, work, notify).run()
+            OneSize(job, adapt(model, size, job.adapt), targets, sources, work, notify, stages).run()
             for size in job.image_sizes or (model.image_size,)
         ]
         outcomes = shared(job, targets, outcomes, work, notify)
         problems = draw_attention([o.attention for o in outcomes], model.spec, job.output, notify)
-        report = _report(job, command, model, sources, outcomes, problems)
+        report = report_of(job, command, model, sources, outcomes, problems, stages.reused)
         if job.bundle_images is not None and any(result.artifact for result in report.results):
             notify("bundle", 0, 1)
             carried = [outcome.carried for outcome in outcomes]
@@ -84,7 +87,15 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
             )  # fmt: skip
         thumbnails.write(report, [outcome.evaluation for outcome in outcomes], job.output)
         report_files.write(report, job.output)
+        if not any(result.status == "failed" for result in report.results):
+            shutil.rmtree(job.output / CACHE, ignore_errors=True)
     return report
+
+
+def load_seeded(job: ExportJob) -> LoadedModel:
+    """The job's model; one without trained weights has the same random ones for the same seed."""
+    torch.manual_seed(job.seed)
+    return load(job.model, job.load_options)
 
 
 def verify(
@@ -107,36 +118,23 @@ def verify(
     return result.with_accuracy(accuracy, None if embeddings else predictions(prediction.logits))
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    """No progress."""
+def _stages(job: ExportJob) -> Stages:
+    """Where this run keeps its stages and looks for them."""
+    if not job.resume:
+        return Stages()
+    return Stages(Store(job.store)) if job.store else Stages(Store(job.output / CACHE), link=True)
 
 
-@contextmanager
-def _workspace(output: Path) -> Iterator[Path]:
-    """A scratch folder inside the output, so that finished artifacts only need a rename."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".work-", dir=output))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {output}: {error.strerror}", "choose a writable --output with free space"
-        ) from error
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if not any(output.iterdir()):  # a run that failed leaves no empty folder behind
-            output.rmdir()
-
-
-def _report(
+def report_of(
     job: ExportJob,
     command: str,
     model: LoadedModel,
     sources: ImageSources,
     outcomes: Sequence[Outcome],
     problems: tuple[str, ...] = (),
+    reused: Sequence[str] = (),
 ) -> Report:
+    """What a run found out, as its report. model: as loaded, or as adapted to the one size there is."""
     first = outcomes[0]
     notes = (*model.notes, f"output: {model.output}", *sources.notes)
     notes += tuple(decided(o.plan.decisions) for o in outcomes if o.plan and o.plan.decisions)
@@ -165,6 +163,7 @@ def _report(
         decisions=first.plan.decisions if first.plan else (),
         sensitivity=first.plan.sensitivity if first.plan else (),
         results=tuple(result for outcome in outcomes for result in outcome.results),
+        reused=tuple(reused),
     )
 
 
@@ -172,7 +171,7 @@ def _image_data(source: ImageSource | None, images: EvalSet) -> ImageData | None
     if source is None:
         return None
     return ImageData(
-        path=str(source.path), images=images.count, sha256=source.digest(), skipped=len(images.skipped)
+        path=source.where, images=images.count, sha256=source.digest(), skipped=len(images.skipped)
     )
 
 
@@ -181,7 +180,7 @@ def _eval_data(source: ImageSource | None, images: EvalSet) -> EvalData | None:
         return None
     labels = images.labels
     return EvalData(
-        path=str(source.path),
+        path=source.where,
         images=images.count,
         sha256=source.digest(),
         skipped=len(images.skipped),

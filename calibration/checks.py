@@ -25,13 +25,13 @@ def check_labels(source: ImageSource, num_classes: int) -> None:
         return
     if source.classes and len(source.classes) != num_classes:
         raise InputError(
-            f"{source.path} has {len(source.classes)} class folders, the model has {num_classes} classes",
+            f"{source.where} has {len(source.classes)} class folders, the model has {num_classes} classes",
             "one sub-folder a class, sorted as its classes are; or, without labels, all images in one folder",
         )
     low, high = int(source.labels.min()), int(source.labels.max())
     if low < 0 or high >= num_classes:
         raise InputError(
-            f"labels of {source.path} run from {low} to {high}, the model has {num_classes} classes",
+            f"labels of {source.where} run from {low} to {high}, the model has {num_classes} classes",
             "labels are class indices from 0",
         )
 

@@ -50,15 +50,22 @@ class ImageSource(ABC):
 
     names: one an image (path inside the folder, or row number).  labels: class index of each, or None.
     classes: folder names in index order, where sub-folders are classes.
+    known: the digest, where somebody has read all images before; it is not computed again.
     """
 
     path: Path
     names: tuple[str, ...]
     labels: Labels | None = None
     classes: tuple[str, ...] = ()
+    known: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def where(self) -> str:
+        """The place as messages and reports call it."""
+        return str(self.path)
 
     @abstractmethod
     def images(self) -> Iterator[Image.Image | BadImage]:
@@ -74,11 +81,21 @@ class ImageSource(ABC):
 
     def digest(self) -> str:
         """SHA-256 over each name and each image's bytes, in order."""
+        if self.known:
+            return self.known
         total = hashlib.sha256()
         for name, content in zip(self.names, self.contents(), strict=True):
             total.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape"))
             total.update(content)
         return total.hexdigest()
+
+    def parts(self, size: int) -> tuple[Self, ...]:
+        """Pieces of `size` images, the last with the rest; each known by the digest of the whole."""
+        whole = self.digest()
+        starts = range(0, len(self), size)
+        pieces = (self.take(range(start, min(start + size, len(self)))) for start in starts)
+        named = (hashlib.sha256(f"{whole} {start}+{size}".encode()).hexdigest() for start in starts)
+        return tuple(replace(piece, known=known) for piece, known in zip(pieces, named, strict=True))
 
     def sample(self, limit: int | None, seed: int) -> Self:
         """At most `limit` images drawn at random, each class with its share; the same for the same seed."""
@@ -88,13 +105,17 @@ class ImageSource(ABC):
 
 
 def open_images(
-    path: Path, *, limit: int | None = None, seed: int = 0, split: str | None = None
+    path: Path | str, *, limit: int | None = None, seed: int = 0, split: str | None = None
 ) -> ImageSource:
-    """The images under `path`: a folder, a folder whose sub-folders are classes, or an .npz file.
+    """The images under `path`: a folder, a folder whose sub-folders are classes, an .npz file, or a URL.
 
     limit: draw at most this many, by class.  split: take `{split}_images` of an .npz that has them.
     Raises InputError if nothing is there or the file is not what it should be.
     """
+    if isinstance(path, str):
+        from vit_export.calibration.url_images import UrlSource
+
+        return UrlSource.open_url(path).sample(limit, seed)
     if path.is_dir():
         source: ImageSource = FolderSource.open(path)
     elif path.suffix.lower() == ".npz" and path.is_file():
@@ -137,7 +158,7 @@ class FolderSource(ImageSource):
 
     def take(self, indices: Sequence[int]) -> Self:
         labels = None if self.labels is None else self.labels[list(indices)]
-        return replace(self, names=tuple(self.names[i] for i in indices), labels=labels)
+        return replace(self, names=tuple(self.names[i] for i in indices), labels=labels, known="")
 
 
 def _read(path: Path) -> Image.Image | BadImage:

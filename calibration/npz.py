@@ -61,7 +61,7 @@ class NpzSource(ImageSource):
                 f"{path} is not a readable .npz: {error}", "write it with numpy.savez"
             ) from error
         names = tuple(f"{key}[{row}]" for row in range(count))
-        return cls(path, names, labels, (), f"{key}.npy", tuple(shape), tuple(range(count)))
+        return cls(path, names, labels, (), "", f"{key}.npy", tuple(shape), tuple(range(count)))
 
     def images(self) -> Iterator[Image.Image | BadImage]:
         for content in self.contents():
@@ -88,6 +88,7 @@ class NpzSource(ImageSource):
             names=tuple(self.names[i] for i in indices),
             labels=None if self.labels is None else self.labels[list(indices)],
             rows=tuple(self.rows[i] for i in indices),
+            known="",
         )
 
 

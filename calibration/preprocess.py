@@ -191,6 +191,6 @@ def _check_bad(source: ImageSource, bad: Mapping[int, BadImage]) -> None:
     if len(bad) > MAX_BAD * len(source):
         index, problem = next(iter(bad.items()))
         raise InputError(
-            f"{len(bad)} of {len(source)} images in {source.path} cannot be read",
+            f"{len(bad)} of {len(source)} images in {source.where} cannot be read",
             f"the first: {source.names[index]}: {problem}",
         )

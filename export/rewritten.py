@@ -1,64 +1,89 @@
-"""What a search changed in a program, as tensors in a file: enough to make the same program again."""
+"""A program that a search rewrote, as files: what differs from the traced one, so that it can be made again.
+
+Searches change constants and which constants a call reads (a bias where there was none), never the
+calls. So a folder holds `weights.safetensors` (tensors that are new or have other values, and the scales
+that weights were rounded to) and `rewired.json` (calls that read other constants, and the layers).
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Node
 
-from vit_export.artifacts import Program
-from vit_export.export.bias import change_bias
+from vit_export.artifacts import Layer, Program
 from vit_export.export.graph import Edit
 
-_VALUE, _BIAS, _SCALE = "value/", "bias/", "scale/"  # of a constant, of a layer that had none, of a weight
+_TENSOR, _SCALE = "tensor ", "scale "
+_WEIGHTS, _WIRING = "weights.safetensors", "rewired.json"
 
 
-def save_rewrite(before: Program, after: Program, path: Path) -> None:
-    """Write the constants of `after` that differ from `before` (safetensors; empty when none does)."""
+class Wire(msgspec.Struct, frozen=True):
+    """The call `node` reads the constant `target` as its argument `index`."""
+
+    node: str
+    index: int
+    target: str
+
+
+class Wiring(msgspec.Struct, frozen=True):
+    """wires: those that the traced program does not have."""
+
+    wires: tuple[Wire, ...]
+    layers: tuple[Layer, ...]
+
+
+def save(program: Program, traced: Program, folder: Path) -> None:
+    """Write what makes `program` out of `traced`."""
     from safetensors.torch import save_file
 
-    old, new = _constants(before.graph), _constants(after.graph)
-    added = {
-        now.bias: was.name
-        for was, now in zip(before.layers, after.layers, strict=True)
-        if now.bias is not None and was.bias is None
+    now, before = Edit.of(program.graph), Edit.of(traced.graph)
+    wires = set(_wires(now)) - set(_wires(before))
+    read = {str(node.target) for node in now.graph.find_nodes(op="get_attr")}
+    changed = {
+        name: now.tensors[name] for name in read if not _same(now.tensors[name], before.tensors.get(name))
     }
-    tensors = {f"{_BIAS}{added[name]}": value for name, value in new.items() if name in added}
-    tensors |= {
-        f"{_VALUE}{name}": value
-        for name, value in new.items()
-        if name in old and old[name] is not value and not torch.equal(old[name], value)
-    }
-    tensors |= {f"{_SCALE}{name}": scale for name, scale in after.weight_scales.items()}
-    save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, path)
+    held = {f"{_TENSOR}{name}": value.detach().clone().contiguous() for name, value in changed.items()}
+    held |= {f"{_SCALE}{name}": value.clone().contiguous() for name, value in program.weight_scales.items()}
+    save_file(dict(sorted(held.items())), folder / _WEIGHTS)
+    wiring = Wiring(tuple(sorted(wires, key=lambda wire: (wire.node, wire.index))), program.layers)
+    (folder / _WIRING).write_bytes(msgspec.json.encode(wiring))
 
 
-def apply_rewrite(program: Program, path: Path) -> Program:
-    """The program that `save_rewrite` was given as `after`, from its `before`."""
+def load(traced: Program, folder: Path) -> Program:
+    """The program that `save` was given, over the tensors that it shares with `traced`."""
     from safetensors.torch import load_file
 
-    tensors = load_file(path)
-    if not tensors:
-        return program
-    edit = Edit.of(program.graph)
+    held = load_file(folder / _WEIGHTS)
+    wiring = msgspec.json.decode((folder / _WIRING).read_bytes(), type=Wiring)
+    edit = Edit.of(traced.graph)
+    edit.tensors.update({k.removeprefix(_TENSOR): v for k, v in held.items() if k.startswith(_TENSOR)})
     nodes = {node.name: node for node in edit.graph.nodes}
-    layers = []
-    for layer in program.layers:
-        bias = tensors.get(f"{_BIAS}{layer.name}")
-        layers.append(
-            layer if bias is None else change_bias(edit, nodes[layer.node], layer, lambda _, b=bias: b)
-        )
-    edit.tensors.update(_named(tensors, _VALUE))
-    scales = _named(tensors, _SCALE)
-    return replace(program, graph=edit.build(), layers=tuple(layers), weight_scales=scales)
+    for wire in wiring.wires:
+        node = nodes[wire.node]
+        with edit.graph.inserting_before(node):
+            constant = edit.graph.get_attr(wire.target)
+        arguments = [*node.args, *[None] * (wire.index + 1 - len(node.args))]
+        arguments[wire.index] = constant
+        node.args = tuple(arguments)
+    scales = {k.removeprefix(_SCALE): v for k, v in held.items() if k.startswith(_SCALE)}
+    return replace(traced, graph=edit.build(), layers=wiring.layers, weight_scales=scales)
 
 
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _wires(edit: Edit) -> list[Wire]:
+    """Every constant that a call reads."""
+    return [
+        Wire(node.name, index, str(value.target))
+        for node in edit.graph.nodes
+        if node.op == "call_function"
+        for index, value in enumerate(node.args)
+        if isinstance(value, Node) and value.op == "get_attr"
+    ]
 
 
-def _constants(graph: GraphModule) -> dict[str, Tensor]:
-    return Edit.of(graph).tensors
+def _same(now: Tensor, before: Tensor | None) -> bool:
+    return before is not None and (now is before or (now.shape == before.shape and torch.equal(now, before)))

@@ -8,7 +8,7 @@ too few images to decide. Latency rules do not turn red on unstable timings or a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
@@ -20,6 +20,7 @@ from vit_export.runtime.gate_rules import Rule, Rules, default_rules
 from vit_export.runtime.report_cells import number
 from vit_export.runtime.report_markdown import table
 from vit_export.runtime.report_schema import Gate, Report, Result
+from vit_export.runtime.sweep_schema import Sweep, SweepCell
 
 Outcome = Literal["passed", "failed", "inconclusive", "not_run"]
 
@@ -54,8 +55,57 @@ def gate(report: Report, baseline: Report | None = None, rules: Rules | None = N
     """
     rules = rules or default_rules(baseline=baseline is not None)
     checks = tuple(check for rule in rules.rule for check in _apply(rule, report, baseline))
+    return _outcome(checks, _with_gates(report, checks), rules)
+
+
+def gate_sweep(sweep: Sweep, baseline: Sweep | None = None, rules: Rules | None = None) -> GateOutcome:
+    """`gate` on every report of a sweep, and on the same one of a baseline sweep where it has one.
+
+    In checks and report a target is called `GROUP: TARGET`; rules see it without the group. A cell that
+    failed before there was a report fails every rule. Raises InputError for a rule that matches nothing in
+    any report, and as `gate` does.
+    """
+    rules = rules or default_rules(baseline=baseline is not None)
+    before = baseline.groups if baseline else {}
+    results = [result for report in sweep.groups.values() for result in report.results]
+    if lost := next((rule for rule in rules.rule if not any(map(rule.matches, results))), None):
+        raise InputError(f"rule {lost.name} matches nothing in {len(sweep.groups)} reports")
+    checks = [Check(_lost(cell), rule, None, "failed", cell.reason)
+              for cell in sweep.cells if cell.group not in sweep.groups for rule in rules.rule]  # fmt: skip
+    judged: list[Result] = []
+    for name, report in sweep.groups.items():
+        mine = tuple(rule for rule in rules.rule if _applies(rule, report, name in before))
+        if not mine:
+            continue
+        outcome = gate(report, before.get(name), msgspec.structs.replace(rules, rule=mine))
+        checks += [replace(check, result=_prefixed(name, check.result)) for check in outcome.checks]
+        judged += [_prefixed(name, result) for result in outcome.report.results]
+    first = next(iter(sweep.groups.values()))
+    return _outcome(tuple(checks), msgspec.structs.replace(first, results=tuple(judged)), rules)
+
+
+def _applies(rule: Rule, report: Report, compared: bool) -> bool:
+    """Rules that compare need the same report in the baseline sweep; one for another target is for others."""
+    return any(map(rule.matches, report.results)) and (compared or not METRICS[rule.metric].relative)
+
+
+def _lost(cell: SweepCell) -> Result:
+    """A cell of a report that was never written."""
+    return Result(
+        target=f"{cell.group}: {cell.target}",
+        precision=cell.precision,
+        image_size=cell.image_size or (1, 1),
+        status="failed",
+        reason=cell.reason,
+    )
+
+
+def _prefixed(group: str, result: Result) -> Result:
+    return msgspec.structs.replace(result, target=f"{group}: {result.target}")
+
+
+def _outcome(checks: tuple[Check, ...], judged: Report, rules: Rules) -> GateOutcome:
     outcomes = {check.outcome for check in checks}
-    judged = _with_gates(report, checks)
     if "failed" in outcomes:
         return GateOutcome("failed", 1, checks, judged)
     if "inconclusive" in outcomes or not outcomes - {"not_run"}:

@@ -58,16 +58,6 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         "onnxruntime",
         "1.23",
         "1.23",
-        "refused",
-        "finds no QuantizeLinear of opset 23, which int8 graphs have",  # seen here too with 1.23.2
-        "use 1.24 or later, or (Python 3.10 has no later) export with --opset 20",
-        (f"{_ORT}25932",),
-        precisions=(Precision.INT8,),
-    ),
-    KnownBad(
-        "onnxruntime",
-        "1.23",
-        "1.23",
         "wrong",
         "wrong int8 convolutions on CPUs with AMX",
         "use 1.24 or later",

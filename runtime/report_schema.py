@@ -241,6 +241,7 @@ class Report(Part, frozen=True, kw_only=True):
     """One run of vit-export. more_baselines: those of further image sizes. device: set by `verify`.
 
     decisions, sensitivity: of the quantisation plan at the first image size.
+    reused: stages that were not run, because an interrupted run or the store had them.
     """
 
     created: Annotated[datetime, Meta(tz=True)]
@@ -254,6 +255,7 @@ class Report(Part, frozen=True, kw_only=True):
     decisions: tuple[Decision, ...] = ()
     sensitivity: tuple[LayerSensitivity, ...] = ()
     device: Device | None = None
+    reused: tuple[str, ...] = ()
     schema: Literal["vit-export.report/1"] = SCHEMA
 
     def baseline_for(self, size: Size) -> Baseline | None:
@@ -264,7 +266,7 @@ class Report(Part, frozen=True, kw_only=True):
 
 def encode(report: Report) -> bytes:
     """The report as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(report, enc_hook=_plain), indent=2) + b"\n"
+    return msgspec.json.format(msgspec.json.encode(report, enc_hook=plain), indent=2) + b"\n"
 
 
 def decode(data: bytes) -> Report:
@@ -272,7 +274,7 @@ def decode(data: bytes) -> Report:
     return msgspec.json.decode(data, type=Report)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What builders put into `details` besides JSON's own types: numpy scalars and paths."""
     if isinstance(value, np.generic):
         return value.item()

@@ -102,20 +102,21 @@ class Session:
     def _infer(self, request: protocol.Infer) -> protocol.Inferred:
         pixels = _pixels(request.pixels, request.preprocessing)
         part = request.out.with_name(request.out.name + ".part")
-        out: np.memmap[tuple[int, ...], np.dtype[np.float32]] | None = None
-        for start in range(0, len(pixels), request.batch):
-            chunk = np.asarray(pixels[start : start + request.batch])
-            logits = self.runner.infer(request.preprocessing.normalize(chunk), batch=request.batch)
-            if out is None:
-                shape = (len(pixels), logits.shape[1])
-                out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-            out[start : start + len(chunk)] = logits
-            self._answer(protocol.Progress(start + len(chunk), len(pixels)))
-        if out is None:
+        shape: tuple[int, int] | None = None
+        with part.open("wb") as out:  # not a memory map: on a full disk, writing to one is a SIGBUS
+            for start in range(0, len(pixels), request.batch):
+                chunk = np.asarray(pixels[start : start + request.batch])
+                logits = self.runner.infer(request.preprocessing.normalize(chunk), batch=request.batch)
+                if shape is None:
+                    shape = (len(pixels), logits.shape[1])
+                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(out, header)
+                out.write(np.ascontiguousarray(logits, "<f4").data)
+                self._answer(protocol.Progress(start + len(chunk), len(pixels)))
+        if shape is None:
             raise InputError(f"{request.pixels} holds no image")
-        out.flush()
         part.replace(request.out)
-        return protocol.Inferred(*out.shape)
+        return protocol.Inferred(*shape)
 
 
 def serve(requests: Iterable[bytes], answer: Answer) -> None:

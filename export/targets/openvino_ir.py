@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vit_export.artifacts import BuildRequest, BuiltArtifact, Precision, Program, Runnable, TargetProfile
-from vit_export.errors import TargetError
 from vit_export.export.target import Target
 
 
@@ -26,25 +25,18 @@ class OpenVinoTarget(Target):
         )
 
     def _build(self, program: Program, request: BuildRequest) -> tuple[Path, Mapping[str, Any]]:
-        import openvino
-
+        from vit_export.export.child import in_child
         from vit_export.export.onnx_graph import save, to_onnx
+        from vit_export.export.openvino_ir_file import write_ir
 
         graph = to_onnx(
             program, self.profile(request.precision, {"opset": request.opset}), batch_size=request.batch_size
         )
-        source = request.folder / "source.onnx"
+        source, path = request.folder / "source.onnx", request.folder / "model.xml"
         save(graph, source)
-        try:
-            model = openvino.Core().read_model(str(source))
-        except RuntimeError as error:
-            raise TargetError(f"OpenVINO refused the graph: {str(error).strip().splitlines()[-1]}") from error
-        for key, value in request.metadata.items():
-            model.set_rt_info(value, ["vit_export", key])
-        model.inputs[0].get_node().set_layout(openvino.Layout("NCHW"))
-        path = request.folder / "model.xml"
-        openvino.save_model(model, str(path), compress_to_fp16=request.precision is Precision.FP16)
-        del model  # releases its mapping of the source file
+        half = request.precision is Precision.FP16
+        convert = in_child(write_ir, timeout=request.timeout, what="the OpenVINO conversion")
+        convert(source, path, request.metadata, half)
         for left in request.folder.glob("source.onnx*"):
             left.unlink()
         return path, {"nodes": graph.graph.num_nodes(), "opset": graph.opset_imports[""]}

@@ -38,6 +38,7 @@ class OrtTarget(Target):
         )
 
     def _build(self, program: Program, request: BuildRequest) -> tuple[Path, Mapping[str, Any]]:
+        from vit_export.export.child import in_child
         from vit_export.export.onnx_graph import save, to_onnx
         from vit_export.export.onnx_kernels import integer_kernels
 
@@ -54,7 +55,8 @@ class OrtTarget(Target):
         save(model, path)
         details["nodes"] = model.graph.num_nodes()
         if request.precision is Precision.INT8:
-            details |= integer_kernels(path)
+            count = in_child(integer_kernels, timeout=request.timeout, what="ONNX Runtime's optimisation")
+            details |= count(path)
         return path, details
 
     def runnable(self, artifact: BuiltArtifact, threads: int) -> Runnable:

@@ -38,6 +38,7 @@ class TensorRtTarget(Target):
         )
 
     def _build(self, program: Program, request: BuildRequest) -> tuple[Path, Mapping[str, Any]]:
+        from vit_export.export.child import in_child
         from vit_export.export.onnx_attention import tidy_attention
         from vit_export.export.onnx_graph import INPUT, save, to_onnx
         from vit_export.export.trt_build import build_engine
@@ -59,7 +60,8 @@ class TensorRtTarget(Target):
         save(model, graph)
         batch = request.batch_size if program.dynamic_batch else program.batch_size
         source = GraphInput(INPUT, program.image_size, batch)
-        built = build_engine(graph, source, options, int8_layers=int8_layers(model))
+        build = in_child(build_engine, timeout=request.timeout, what="the TensorRT build")
+        built = build(graph, source, options, int8_layers=int8_layers(model))
         details = {
             "opset": model.opset_imports[""],
             "nodes": model.graph.num_nodes(),
