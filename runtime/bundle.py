@@ -44,7 +44,6 @@ DEFAULT_IMAGES = 256
 
 # Files that two identical exports do not write alike, by target, as globs below the artifact's folder.
 VARIES: Mapping[str, tuple[str, ...]] = {
-    "openvino": ("model.xml",),  # layers are numbered by a counter that a process never resets
     "tensorrt": ("*.engine", "*.timing", "*.trt.json"),  # kernels are chosen by timing; times are stored
 }
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip can hold
