@@ -19,6 +19,7 @@ from vit_export.sweep.matrix import Cell
 FILE = """
     [options]
     seed = 3
+    calib-method = "minmax"
     [matrix]
     model = ["digits-vit", { model = "timm:vit_tiny_patch16_224", checkpoint = "x.safetensors" }]
     image-size = [96, "128x96"]
@@ -57,6 +58,8 @@ def test_dry_run_lists_cells_and_tasks(sweep: Any, tmp_path: Path) -> None:
     counts = {words[0]: int(words[1]) for words in lines if len(words) == 3 and words[1].isdigit()}
     # three sizes (native is one of its own), each traced once; int8 at two of them
     assert counts == {"prepare": 3, "evaluate": 3 + 7, "calibrate": 2, "build": 7, "row": 7, "latency": 5}
+    judged = sweep(text.replace("minmax", "auto"), "--dry-run", "--output", tmp_path / "out")
+    assert "calibrate 4" in " ".join(judged.out.split())  # candidates are judged under each target's profile
     assert not (tmp_path / "out").exists()
 
 
