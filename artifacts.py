@@ -210,7 +210,7 @@ class LayerPlan:
 class Decision:
     """One option a search looked at: what the network then answered on calibration images kept aside.
 
-    sqnr_db, agreement: against the float network, None where nothing was judged; seconds it took.
+    sqnr_db, agreement: against the float network, None where nothing was judged.
     """
 
     choice: str
@@ -218,7 +218,6 @@ class Decision:
     taken: bool
     sqnr_db: float | None = None
     agreement: float | None = None
-    seconds: float = 0.0
     note: str = ""
 
 

@@ -206,20 +206,17 @@ class Search:
                 self.decisions.append(Decision(choice, name, taken=True))
             return make()
         assert judge is not None
-        tried: list[tuple[Score, _Candidate, str, float]] = []
+        tried: list[tuple[Score, _Candidate, str]] = []
         for name, make in options:
-            start = time.monotonic()
-            if tried and start > self._deadline:
+            if tried and time.monotonic() > self._deadline:
                 self.decisions.append(Decision(choice, name, taken=False, note="not tried: out of budget"))
                 continue
             made = make()
             score = made.score or judge.score(made.program, self._plan(made))
-            tried.append((score, replace(made, score=score), name, time.monotonic() - start))
+            tried.append((score, replace(made, score=score), name))
         top = max(range(len(tried)), key=lambda i: tried[i][0].sqnr_db)
-        for index, (score, _, name, seconds) in enumerate(tried):
-            self.decisions.append(
-                Decision(choice, name, index == top, score.sqnr_db, score.agreement, round(seconds, 2))
-            )
+        for index, (score, _, name) in enumerate(tried):
+            self.decisions.append(Decision(choice, name, index == top, score.sqnr_db, score.agreement))
         return tried[top][1]
 
 
