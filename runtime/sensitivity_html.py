@@ -51,12 +51,11 @@ def decisions(tried: Sequence[Decision]) -> Node | None:
             "yes" if one.taken else "no",
             number(one.sqnr_db, ".1f"),
             number(one.agreement, ".3f"),
-            number(one.seconds, ".1f"),
             one.note or "-",
         )
         for one in tried
     ]
-    headers = ("choice", "option", "taken", "SQNR dB", "agreement", "seconds", "note")
+    headers = ("choice", "option", "taken", "SQNR dB", "agreement", "note")
     return table("What the search tried", headers, body, numbers=False)
 
 
