@@ -181,6 +181,12 @@ def export(
     labels: Annotated[Path | None, typer.Option(help="class names, one a line: a Core ML classifier")] = None,
     author: Annotated[str | None, typer.Option(help="for the Core ML package")] = None,
     license: Annotated[str | None, typer.Option(help="for the Core ML package")] = None,
+    onnx_operators: Annotated[
+        str | None, typer.Option(help="of ONNX int8: onnxruntime (fastest there) or standard")
+    ] = None,
+    openvino_precision: Annotated[
+        str | None, typer.Option(help="of OpenVINO's float part: auto, f32, bf16, f16; f32 unless int8")
+    ] = None,
     int8_attention: Annotated[str | None, typer.Option(help="TensorRT: auto, on or off")] = None,
     trt_flavor: Annotated[str | None, typer.Option(help="TensorRT SDK: auto, tensorrt or rtx")] = None,
     trt_workspace_mib: Annotated[

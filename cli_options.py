@@ -23,7 +23,8 @@ METHODS = ("auto", "minmax", "percentile", "mse", "entropy")
 TARGET_OPTIONS = (
     "coreml_target", "coreml_input", "coreml_activations", "palettize", "labels", "author", "license",
     "int8_attention", "trt_flavor", "trt_workspace_mib", "trt_optimization_level", "trt_compatibility",
-    "trt_dla_core", "trt_version_compatible",
+    "trt_dla_core", "trt_version_compatible", "onnx_operators",
+    "openvino_precision",
 )  # fmt: skip
 
 

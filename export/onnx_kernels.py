@@ -9,13 +9,15 @@ from pathlib import Path
 
 _INTEGER = {
     "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul",
+    "QAttention",
 }  # fmt: skip
 _FLOAT = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits"}
 
 
-def integer_kernels(path: Path) -> dict[str, int]:
+def integer_kernels(path: Path, joined: int = 0) -> dict[str, int]:
     """{"integer_linears": n, "float_linears": m}: products with a constant weight, after optimisation.
 
+    joined: linears to add that share an operator with another, as queries, keys and values may.
     Empty without onnxruntime: a count that was not made is not reported.
     """
     if importlib.util.find_spec("onnxruntime") is None:
@@ -34,7 +36,8 @@ def integer_kernels(path: Path) -> dict[str, int]:
         )
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         graph = onnx.load(str(optimised), load_external_data=False).graph
-    return _count(graph)
+    counts = _count(graph)
+    return {**counts, "integer_linears": counts["integer_linears"] + joined}
 
 
 def _count(graph: object) -> dict[str, int]:

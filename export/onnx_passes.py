@@ -151,10 +151,10 @@ def _head_source(value: ir.Value | None) -> tuple[ir.Value, int, int | None] | N
 
 def _merged_output(node: ir.Node) -> ir.Value | None:
     """The [B, N, C] value made from an Attention's [B, H, N, D] by one Transpose and one Reshape."""
-    transpose = _only_user(node.outputs[0])
+    transpose = only_user(node.outputs[0])
     if transpose is None or transpose.op_type != "Transpose":
         return None
-    reshape = _only_user(transpose.outputs[0])
+    reshape = only_user(transpose.outputs[0])
     if reshape is None or reshape.op_type != "Reshape":
         return None
     shape = reshape.outputs[0].shape
@@ -236,7 +236,8 @@ def _ints(node: ir.Node, index: int) -> Sequence[int] | None:
     return None if array is None else [int(i) for i in array.reshape(-1)]
 
 
-def _only_user(value: ir.Value) -> ir.Node | None:
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The one node that reads a value; None where several do or the graph returns it."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
