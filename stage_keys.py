@@ -40,7 +40,7 @@ _DECIDED_BY: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pixels": (("artifacts.py", "calibration"), ("numpy", "pillow")),
     "calibrate": (("artifacts.py", "build_size.py", "calibration", "export", "search"), _TORCH),
     "baseline": (("artifacts.py", "models", "export"), _TORCH),
-    "quantize": (("artifacts.py", "export"), _TORCH),
+    "quantize": (("artifacts.py", "export", "search"), _TORCH),
     # a whole task of a sweep: whatever may reach it
     "cell": (
         ("artifacts.py", "build_size.py", "job.py", "one_size.py", "pipeline.py", "stages.py", *_STAGES),
