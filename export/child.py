@@ -112,12 +112,13 @@ def _last_words(said: Path) -> str:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        if sys.platform == "win32":
+    """End the child and what it started: a vendor's own helper (OpenVINO forks one) may outlive its work."""
+    if sys.platform == "win32":
+        if process.poll() is None:
             process.kill()
-        else:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    else:
+        with suppress(ProcessLookupError):  # nobody of its session is left
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -157,6 +158,8 @@ def main() -> None:
 
 def _end_with_the_parent() -> None:
     sys.stdin.buffer.read()  # returns when the other end is closed
+    if sys.platform != "win32":
+        os.killpg(0, signal.SIGKILL)  # with what the library started: we lead our own session
     os._exit(1)
 
 

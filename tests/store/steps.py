@@ -51,3 +51,12 @@ def bug() -> None:
 def pid_then_wait(path: Path) -> None:
     path.write_text(str(os.getpid()))
     time.sleep(600)
+
+
+def leave_a_helper(path: Path) -> None:
+    """What a library with a process of its own for telemetry does."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(600)
+        os._exit(0)
+    path.write_text(str(pid))

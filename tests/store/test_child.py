@@ -81,3 +81,13 @@ def test_a_killed_parent_leaves_no_child(tmp_path: Path) -> None:
     while child.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not child.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_step_left_running_is_ended(steps: object, tmp_path: Path) -> None:
+    """A process that a library forked does not outlive the step."""
+    in_child(steps.leave_a_helper, timeout=60, what="a step")(tmp_path / "pid")  # type: ignore[attr-defined]
+    helper, deadline = Path("/proc", (tmp_path / "pid").read_text(), "stat"), time.monotonic() + 60
+    while helper.exists() and helper.read_text().rpartition(") ")[2][0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
