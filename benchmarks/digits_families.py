@@ -24,7 +24,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-EPOCHS = 40
+EPOCHS = 30
 
 
 def deit() -> nn.Module:
