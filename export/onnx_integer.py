@@ -169,14 +169,19 @@ def _optional(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _put(old: ir.Node, node: ir.Node) -> None:
-    """Let a node take the place of another, under its module's name."""
-    path = (old.name or "").rpartition("/")[0]
-    node.name = f"{path}/{node.op_type}" if path else f"{old.name}/{node.op_type}"
+    """Let a node take the place of another, under its module's name; an output of the graph keeps its own."""
     before, out = old.outputs[0], node.outputs[0]
     assert old.graph is not None
+    path = (old.name or "").rpartition("/")[0]
+    stem = f"{path}/{node.op_type}" if path else f"{old.name}/{node.op_type}"
+    taken = {other.name for other in old.graph}
+    numbered = (f"{stem}_{count}" for count in range(2, len(taken) + 3))
+    node.name = stem if stem not in taken else next(name for name in numbered if name not in taken)
     old.graph.insert_before(old, node)
-    out.name, out.shape, out.type = f"{node.name}:0", before.shape, before.type
+    kept = before.name if before.is_graph_output() else f"{node.name}:0"
+    out.shape, out.type = before.shape, before.type
     before.replace_all_uses_with(out, replace_graph_outputs=True)
+    before.name, out.name = f"{before.name}.replaced", kept
 
 
 def _done(model: ir.Model, count: int) -> int:

@@ -47,13 +47,14 @@ def run_export(output: Path, checkpoint: Path | None = None) -> Export:
     from vit_export.artifacts import Precision
     from vit_export.job import ExportJob
     from vit_export.models.config import LoadOptions
+    from vit_export.search.choices import Choices
 
     def brief(runnables: Any, **settings: Any) -> Any:
         return alternate(runnables, **settings, rounds=1, warmup=1, runs=3, min_seconds=0.0)
 
     job = ExportJob(
         load=LoadOptions(checkpoint=checkpoint), targets=("onnx",), precisions=(Precision.INT8,),
-        eval_size=EVAL_IMAGES, bundle_images=BUNDLE_IMAGES, zipped=True, output=output,
+        choices=Choices(), eval_size=EVAL_IMAGES, bundle_images=BUNDLE_IMAGES, zipped=True, output=output,
         attention=1,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from vit_export.export.fake_quant import fake_quantized
 from vit_export.export.layers import constant
 from vit_export.export.program import trace
 from vit_export.export.quantize import activation_qparams, quantize, weight_scale
-from vit_export.export.rewritten import apply_rewrite, save_rewrite
 from vit_export.export.rounding import gptq, inverse_factor, round_weights
 
 ASYMMETRIC = TargetProfile("asymmetric", 20, "decomposed")
@@ -131,19 +129,3 @@ def test_symmetric_targets_lose_little_to_asymmetric_ones(program: Program, plai
             for p in (SYMMETRIC, ASYMMETRIC)
         ]
     assert 10 * np.log10(noise[0] / noise[1]) < 1.5
-
-
-def test_a_rewrite_comes_back_from_its_file(
-    program: Program, plain: QuantPlan, pictures: list[np.ndarray], tmp_path: Path
-) -> None:
-    """Rounded weights, their scales and corrected biases: applied to the original, the same program."""
-    linears = tuple(layer for layer in program.layers if layer.kind == "linear")
-    seen = watch(replace(program, layers=linears), pictures[:1], lambda layer: Correlation())[0]
-    after = round_weights(program, plain, seen)
-    after = correct_biases(after, program, fake_quantized(quantize(after, plain, ASYMMETRIC)), pictures[:1])
-    save_rewrite(program, after, tmp_path / "rewrite.safetensors")
-    again = apply_rewrite(program, tmp_path / "rewrite.safetensors")
-    images = torch.from_numpy(pictures[0])
-    with torch.inference_mode():
-        one, other = (quantize(p, plain, ASYMMETRIC).graph(images) for p in (after, again))
-    assert torch.equal(one, other) and set(again.weight_scales) == set(after.weight_scales)

@@ -109,7 +109,7 @@ def every_kind() -> Report:
         baseline=msgspec.structs.replace(base.baseline, predictions=PackedIds.pack(before)),
         results=tuple(results),
         decisions=(
-            Decision("rounding", "gptq", True, 27.5, 0.985, 3.21),
+            Decision("rounding", "gptq", True, 27.5, 0.985),
             Decision("rounding", "nearest", False),
         ),
         sensitivity=(
@@ -268,8 +268,8 @@ def test_sensitive_layers_are_marked(browser, pages):
     )
     assert ["blocks.0.attn.qkv", "linear", "1.2", "21.5", "33.0", "yes: 21.5 dB alone"] in rows
     assert ["patch", "conv", "0.0", "-", "-", "no"] in rows
-    assert ["rounding", "gptq", "yes", "27.5", "0.985", "3.2", "-"] in rows
-    assert ["rounding", "nearest", "no", "-", "-", "0.0", "-"] in rows
+    assert ["rounding", "gptq", "yes", "27.5", "0.985", "-"] in rows
+    assert ["rounding", "nearest", "no", "-", "-", "-"] in rows
 
 
 def test_the_device_is_told_in_full(browser, pages):
