@@ -201,13 +201,17 @@ def _open(flag: str, text: str | None, auto: bool, every: tuple[Any, ...], plain
     words = _WORDS[flag]
     if text in words:
         return (words[text],)
-    if flag == "--equalize":
-        try:
-            return (float(text),)
-        except ValueError:
-            pass
+    if flag == "--equalize" and (alpha := _number(text)) is not None:
+        return (alpha,)
     number = " or a number in 0..1" if flag == "--equalize" else ""
     raise UsageError(f"unknown {flag} {text!r}", f"auto, {', '.join(words)}{number}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def observer(method: str) -> ObserverConfig:
