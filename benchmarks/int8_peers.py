@@ -8,8 +8,8 @@
 Each method quantises in a process of its own (seconds and peak memory are its own, from the loaded float
 model to the saved artifact, images included), then every artifact runs on all evaluation images and is
 timed in alternating rounds (runtime/latency.py). ModelOpt runs under --modelopt-python, which needs
-nvidia-modelopt[onnx] and vit-export; without it its row says so. Symmetric rows have no runtime here: they are the
-quantised program in PyTorch.
+nvidia-modelopt[onnx] and vit-export; without it its row says so. Symmetric rows have no runtime here: they
+are the quantised program in PyTorch.
 """
 
 from __future__ import annotations
