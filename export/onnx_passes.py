@@ -224,11 +224,18 @@ def add_initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) 
 
 
 def replace(node: ir.Node, value: ir.Value) -> None:
-    """Let the users of a one-output node read `value`, and remove the node."""
-    value.shape, value.type = node.outputs[0].shape, node.outputs[0].type
-    node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    """Let the users of a one-output node read `value`, and remove the node.
+
+    Where the graph returned the node's output, it returns `value` under the same name.
+    """
+    old = node.outputs[0]
+    name = old.name if old.is_graph_output() else None
+    value.shape, value.type = old.shape, old.type
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
     assert node.graph is not None
     node.graph.remove(node, safe=True)
+    if name is not None:
+        old.name, value.name = f"{name}.replaced", name
 
 
 def _ints(node: ir.Node, index: int) -> Sequence[int] | None:
