@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -29,7 +30,7 @@ from vit_export.export.target import Target
 from vit_export.job import ExportJob
 from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.protocol import ProgressCallback
-from vit_export.runtime.report_schema import Result
+from vit_export.runtime.report_schema import Result, TuningStep
 from vit_export.search.search import Search
 from vit_export.stage_keys import chips, key
 from vit_export.stages import Stages, artifact_of, failure
@@ -59,6 +60,16 @@ class Calibrated:
     plan: QuantPlan
     program: Program
     digest: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tuned:
+    """Options that --tune chose for one artifact: of its build, by their names on the command line, and of
+    its session, which its metadata carries. steps: how that came about."""
+
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    session: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: tuple[TuningStep, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,7 +157,7 @@ def calibrated_once(
 
 def build_key(builder: SizeBuilder, target: Target, precision: Precision) -> Key:
     """What decides the bytes of one artifact."""
-    job, known, samples = builder.job, builder.calibration, builder.samples
+    job, known, samples = builder.tuned_job(target, precision), builder.calibration, builder.samples
     looks = target.profile(precision, {**job.options, "opset": job.opset}).rest == "float16"
     return key(
         "build",
@@ -158,7 +169,7 @@ def build_key(builder: SizeBuilder, target: Target, precision: Precision) -> Key
         opset=job.opset,
         batch_size=job.batch_size,
         options=job.options,
-        metadata=builder.metadata(precision),
+        metadata=builder.metadata(target, precision),
         device=chips() if target.name == "tensorrt" else "any",
     )
 
@@ -176,6 +187,7 @@ class SizeBuilder:
     notify: ProgressCallback
     stages: Stages
     digest: str  # of the program
+    tuned: Mapping[tuple[str, Precision], Tuned] = dataclasses.field(default_factory=dict)
 
     def build_all(self) -> Iterator[tuple[Target, BuiltArtifact] | Result]:
         """One artifact, or one failed result, for each target and precision."""
@@ -200,36 +212,50 @@ class SizeBuilder:
         with atomic_directory(final) as folder:
 
             def make(_: Path) -> object:
-                known = self.calibration
-                quantised = precision is Precision.INT8 and known is not None
-                program = known.program if quantised and known else self.program
-                request = self._request(precision, folder)
-                built = export(program, known.plan if known else None, target, request)
+                built = self.make(target, precision, folder)
                 return dataclasses.replace(built, path=built.path.relative_to(folder))
 
             note = self.stages.once(f"build {target.name} {precision}", key, folder, make, link=False)
         return artifact_of(note, final)
 
-    def _request(self, precision: Precision, folder: Path) -> BuildRequest:
+    def make(self, target: Target, precision: Precision, folder: Path) -> BuiltArtifact:
+        """Build one artifact in `folder`, which is empty."""
         known = self.calibration
+        quantised = precision is Precision.INT8 and known is not None
+        program = known.program if quantised and known else self.program
+        return export(
+            program, known.plan if known else None, target, self._request(target, precision, folder)
+        )
+
+    def tuned_job(self, target: Target, precision: Precision) -> ExportJob:
+        """The job with the build options that were tuned for an artifact."""
+        chosen = dict(self.tuned.get((target.name, precision), Tuned()).options)
+        opset = chosen.pop("opset", self.job.opset)
+        return dataclasses.replace(self.job, opset=opset, options={**self.job.options, **chosen})
+
+    def _request(self, target: Target, precision: Precision, folder: Path) -> BuildRequest:
+        known, job = self.calibration, self.tuned_job(target, precision)
         few = next(batches(self.samples.images, _SAMPLES))
         return BuildRequest(
             precision=precision,
             folder=folder,
             preprocessing=self.model.preprocessing,
-            opset=self.job.opset,
-            batch_size=self.job.batch_size,
+            opset=job.opset,
+            batch_size=job.batch_size,
             ranges=known.ranges if known else None,
-            metadata=self.metadata(precision),
-            options=self.job.options,
+            metadata=self.metadata(target, precision),
+            options=job.options,
             samples=few,
             samples_are=f"{len(few)} {self.samples.kind}",
             timeout=self.job.timeout,
         )
 
-    def metadata(self, precision: Precision) -> Mapping[str, str]:
+    def metadata(self, target: Target, precision: Precision) -> Mapping[str, str]:
+        """What the artifact says of itself; runners read `session`."""
         contract = self.model.preprocessing
+        session = self.tuned.get((target.name, precision), Tuned()).session
         return {
+            **({"session": msgspec.json.encode(session, order="sorted").decode()} if session else {}),
             "producer": f"vit-export {__version__}",
             "model": self.model.spec,
             "precision": precision,

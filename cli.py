@@ -12,7 +12,7 @@ import typer
 from vit_export import __version__
 from vit_export.cli_attention import attention as attention_command
 from vit_export.cli_gate import gate
-from vit_export.cli_options import METHODS, export_job
+from vit_export.cli_options import METHODS, TUNE_MINUTES, export_job
 from vit_export.cli_sweep import sweep, worker
 from vit_export.cli_verify import verify
 from vit_export.errors import UsageError, VitExportError
@@ -172,6 +172,15 @@ def export(
     attention: Annotated[
         int, typer.Option(min=0, max=16, help="evaluation images whose attention the report shows")
     ] = 0,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="choose options of ONNX Runtime and OpenVINO by their speed here")
+    ] = False,
+    tune_budget: Annotated[
+        float | None, typer.Option(min=0, help=f"minutes --tune may take; {TUNE_MINUTES:g} without it")
+    ] = None,
+    throughput: Annotated[
+        bool, typer.Option("--throughput", help="images a second over batches 1 to 32 and threads")
+    ] = False,
     coreml_target: Annotated[str | None, typer.Option(help="oldest system: iOS17 or iOS18")] = None,
     coreml_input: Annotated[str | None, typer.Option(help="Core ML input: tensor or image")] = None,
     coreml_activations: Annotated[

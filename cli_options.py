@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vit_export.search.choices import Choices
 
 TARGETS = ("onnx", "openvino", "tensorrt", "coreml")
+TUNE_MINUTES = 5.0
 METHODS = ("auto", "minmax", "percentile", "mse", "entropy")
 
 # Options that only one target understands, under the names it reads them by.
@@ -63,10 +64,21 @@ def export_job(options: Mapping[str, Any]) -> ExportJob:
         bundle_images=options["bundle_images"] if options["bundle"] else None,
         zipped=options["zipped"],
         attention=options["attention"],
+        tune=_tuning(options["tune"], options["tune_budget"]),
+        throughput=options["throughput"],
         options=extra,
         resume=options["resume"],
         store=options["store"],
     )
+
+
+def _tuning(wanted: bool, minutes: float | None) -> float | None:
+    """Seconds that --tune may take; None without it."""
+    if not wanted:
+        if minutes is not None:
+            raise UsageError("--tune-budget without --tune", "add --tune")
+        return None
+    return 60.0 * (TUNE_MINUTES if minutes is None else minutes)
 
 
 def attention_job(options: Mapping[str, Any]) -> ExportJob:

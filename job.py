@@ -31,6 +31,8 @@ class ExportJob:
     batch_size: fixes the batch of the artifacts; None keeps it dynamic and measures at batch 1.
     bundle_images: evaluation images bundle/ carries at most, None for no bundle; zipped: also bundle.zip.
     attention: evaluation images whose attention is drawn.
+    tune: seconds to look for the fastest options of CPU artifacts on this machine, None for the defaults.
+    throughput: measure images a second over batches and threads.
     options: what only one target understands, by its own names.
     part: evaluate in pieces of so many images, each a stage of its own; a multiple of 32 changes no number.
     resume: reuse finished stages, from `store` (a folder or fsspec URL, kept) or from output/.cache (kept
@@ -61,6 +63,8 @@ class ExportJob:
     bundle_images: int | None = 256
     zipped: bool = False
     attention: int = 0
+    tune: float | None = None
+    throughput: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     resume: bool = True
     store: str | None = None

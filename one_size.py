@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from vit_export.artifacts import (
     TargetProfile,
 )
 from vit_export.attention_job import AttentionJob
-from vit_export.build_size import Calibrated, Samples, SizeBuilder, calibrated_once, judging_profile
+from vit_export.build_size import Calibrated, Samples, SizeBuilder, Tuned, calibrated_once, judging_profile
 from vit_export.calibration.checks import inspect
 from vit_export.calibration.preprocess import Batches, batches
 from vit_export.errors import ParityError
@@ -40,10 +41,12 @@ from vit_export.runtime.latency import Timings, alternate
 from vit_export.runtime.profiles import profiled
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageLoss
+from vit_export.runtime.throughput import measured
 from vit_export.runtime.verdict import judged
 from vit_export.search.judge import run as run_batches
 from vit_export.stage_keys import digest, key, program_digest
 from vit_export.stages import Stages, failure
+from vit_export.tuning import Tuner
 
 _HALF_IMAGES = 8  # images on which an overflow of float16 is looked for
 _BLAME_IMAGES = 32  # images on which losses are split by stage
@@ -92,6 +95,7 @@ class OneSize:
     calibration: str = ""  # its digest, once calibrated
     traced: Program | None = None
     outputs: dict[str, Logits] = dataclasses.field(default_factory=dict)
+    tuned: Mapping[tuple[str, Precision], Tuned] = dataclasses.field(default_factory=dict)
 
     def run(self) -> Outcome:
         """Trace, calibrate, build, run, time and judge."""
@@ -106,7 +110,10 @@ class OneSize:
         reference = self._predict(BASELINE, baseline, evaluation, program)
         if calibration is not None:
             self._record(calibration)
-        built = list(self.builder(program, calibration, shown).build_all())
+        builder = self.builder(program, calibration, shown)
+        if self.job.tune is not None:
+            builder = self._tuned(builder, shown, reference.logits, self.job.tune)
+        built = list(builder.build_all())
         prepared = calibration.program if calibration else program
         results = [self._check(prepared, plan, item, reference.logits, evaluation) for item in built]
         timings = self._time(baseline, built, results, evaluation)
@@ -115,6 +122,11 @@ class OneSize:
             self._profiled(result, item, reference.logits, evaluation)
             for result, item in zip(results, built, strict=True)
         ]
+        if self.job.throughput:
+            results = [
+                item if isinstance(item, Result) else self._throughput(result, *item, shown)
+                for result, item in zip(results, built, strict=True)
+            ]
         summary = self._baseline(reference, evaluation, timings)
         pairs = zip(results, built, strict=True)
         opened = {r.name: item[0].runnable(item[1], 0) for r, item in pairs if not isinstance(item, Result)}
@@ -331,6 +343,7 @@ class OneSize:
 
     def _result(self, target: Target, artifact: BuiltArtifact, plan: QuantPlan | None) -> Result:
         quantised = artifact.precision is Precision.INT8 and plan is not None
+        tuned = self.tuned.get((target.name, artifact.precision), Tuned())
         return Result(
             target=artifact.target,
             precision=artifact.precision,
@@ -340,7 +353,8 @@ class OneSize:
             bytes=artifact.size_bytes,
             kept_float=plan.kept_float() if quantised and plan else (),
             float_fallback_ops=artifact.details.get("float_linears"),
-            details=dict(artifact.details),
+            tuning=tuned.steps,
+            details={**artifact.details, **({"session": dict(tuned.session)} if tuned.session else {})},
             notes=target.notes(artifact),
         )
 
@@ -406,6 +420,19 @@ class OneSize:
         self.stages.once("quantized in PyTorch", decided, folder, make)
         logits: Logits = np.load(folder / "logits.npy", allow_pickle=False)
         return logits
+
+    def _tuned(self, builder: SizeBuilder, images: EvalSet, reference: Logits, budget: float) -> SizeBuilder:
+        """The builder with what --tune chose. budget: seconds for all sizes."""
+        work = self.work / f"tune-{self._name}"
+        work.mkdir()
+        few = first_images(images, _BLAME_IMAGES, work / "images.npy")
+        deadline = time.monotonic() + budget / max(1, len(self.job.image_sizes))
+        tuner = Tuner(builder, few, reference[: few.count], work, deadline, self.notify)
+        self.tuned = tuner.run()
+        return dataclasses.replace(builder, tuned=self.tuned)
+
+    def _throughput(self, result: Result, target: Target, artifact: BuiltArtifact, images: EvalSet) -> Result:
+        return measured(result, target.runnable(artifact, self.job.threads), images, self.notify)
 
     def _time(
         self,

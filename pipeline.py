@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+import msgspec
 import torch
 
 from vit_export.artifacts import EvalSet, LoadedModel, Logits, Precision, Runnable
@@ -36,10 +37,12 @@ from vit_export.report_extras import draw_attention
 from vit_export.runtime import beside, report_files, thumbnails
 from vit_export.runtime.accuracy import compare, predictions
 from vit_export.runtime.bundle import write_bundle
+from vit_export.runtime.costs import Costs
 from vit_export.runtime.environment import collect as environment
 from vit_export.runtime.inference import predict
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Data, EvalData, ImageData, ModelInfo, PackedIds, Report, Result
+from vit_export.runtime.roofline import with_roofline
 from vit_export.runtime.verdict import exit_code
 from vit_export.search.choices import decided
 from vit_export.several_sizes import shared
@@ -59,7 +62,12 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
     progress: called with (stage, steps done, of). Raises VitExportError for what stops the whole run;
     a target that fails becomes a failed result.
     """
-    notify = progress or silent
+    with Costs(progress or silent) as costs:
+        return _run(job, command, costs)
+
+
+def _run(job: ExportJob, command: str, costs: Costs) -> Report:
+    notify = costs.notify
     targets = [target_named(name) for name in job.targets]
     for target in targets:
         target.require()
@@ -78,6 +86,9 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
         outcomes = shared(job, targets, outcomes, work, notify)
         problems = draw_attention([o.attention for o in outcomes], model.spec, job.output, notify)
         report = report_of(job, command, model, sources, outcomes, problems, stages.reused)
+        notify("measure the processor", 0, 1)
+        macs = {outcome.baseline.image_size: outcome.program.macs for outcome in outcomes}
+        report = with_roofline(report, macs, job.batch_size or 1)
         if job.bundle_images is not None and any(result.artifact for result in report.results):
             notify("bundle", 0, 1)
             carried = [outcome.carried for outcome in outcomes]
@@ -86,6 +97,7 @@ def run(job: ExportJob, command: str = "", progress: ProgressCallback | None = N
                 images=job.bundle_images, batch_size=job.batch_size, zipped=job.zipped,
             )  # fmt: skip
         thumbnails.write(report, [outcome.evaluation for outcome in outcomes], job.output)
+        report = msgspec.structs.replace(report, costs=costs.so_far())
         report_files.write(report, job.output)
         if not any(result.status == "failed" for result in report.results):
             shutil.rmtree(job.output / CACHE, ignore_errors=True)

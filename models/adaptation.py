@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from vit_export.artifacts import LoadedModel, Size
 from vit_export.errors import BadSize, InputError, NumericsError
@@ -28,7 +29,7 @@ def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> 
         return model
     config = config or AdaptConfig()
     resizers.find(model.module, model.image_size, config).geometry().check(size, model.spec)
-    module = deepcopy(model.module)
+    module = _copied(model.module)
     try:
         notes = resizers.find(module, model.image_size, config).resize(size, config, model.spec)
         output = run(module, size, batch=1)
@@ -44,6 +45,13 @@ def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> 
         preprocessing=model.preprocessing.at(size),
         notes=(*model.notes, *notes),
     )
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy over the same weights of linears and convolutions, which no resizer touches: most of a model
+    is held once however many sizes it is adapted to."""
+    shared = [part.weight for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    return deepcopy(module, {id(weight): weight for weight in shared})
 
 
 def _unfit(model: LoadedModel, size: Size, reason: str) -> BadSize:

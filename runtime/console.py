@@ -15,6 +15,7 @@ from rich.text import Text
 from vit_export.runtime.gate import Check, GateOutcome
 from vit_export.runtime.report_cells import HEADERS, device_facts, number, printable, rows, status, why
 from vit_export.runtime.report_schema import Report
+from vit_export.runtime.report_sections import sections
 from vit_export.runtime.sweep import CAPTION, TITLE, sweep
 from vit_export.runtime.sweep import HEADERS as SWEEP_HEADERS
 
@@ -47,6 +48,11 @@ def print_report(report: Report, console: Console) -> None:
     if lines := sweep(report):
         console.print(plain_table(SWEEP_HEADERS, lines, TITLE))
         console.print(CAPTION, style="dim")
+        console.print()
+    for section in sections(report):
+        if section.brief:
+            console.print(plain_table(section.headers, section.rows, section.title))
+        console.print(section.caption, style="dim", soft_wrap=True)
         console.print()
     for result in report.results:
         verdict = status(result)

@@ -40,6 +40,16 @@ class Time(Message, frozen=True):
     preprocessing: Preprocessing | None = None
 
 
+class Rate(Message, frozen=True):
+    """Count calls of `batch` images for `seconds`, as many at once as the runner has streams; answered by
+    Rated. Without `pixels` the input is seeded normal noise."""
+
+    batch: int
+    seconds: float
+    pixels: Path | None = None
+    preprocessing: Preprocessing | None = None
+
+
 class Infer(Message, frozen=True):
     """Run all images of `pixels` (uint8 NHWC .npy), write float32 [N, K] to `out`; answered by Inferred."""
 
@@ -78,6 +88,14 @@ class Timed(Message, frozen=True):
     """Nanoseconds of each call."""
 
     ns: list[int]
+
+
+class Rated(Message, frozen=True):
+    """`images` went through in `seconds`, over `streams` calls at once."""
+
+    images: int
+    seconds: float
+    streams: int
 
 
 class Inferred(Message, frozen=True):
@@ -122,8 +140,8 @@ class Missing(Message, frozen=True):
     extra: str
 
 
-Request = Open | Time | Infer | Describe | Ask | Close
-Reply = Opened | Timed | Inferred | Described | Info | Progress | Failed | Missing
+Request = Open | Time | Rate | Infer | Describe | Ask | Close
+Reply = Opened | Timed | Rated | Inferred | Described | Info | Progress | Failed | Missing
 
 
 def encode(message: Message) -> bytes:

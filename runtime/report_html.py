@@ -19,6 +19,7 @@ from vit_export.runtime.html_charts import WITHOUT, available
 from vit_export.runtime.html_tree import Child, Node, badge, el, items, page, section, table
 from vit_export.runtime.report_cells import HEADERS, megabytes, number, rows, status, why
 from vit_export.runtime.report_schema import Baseline, EvalData, Report, Result
+from vit_export.runtime.report_sections import sections
 
 MANY = 200  # flipped images listed for one artifact
 _STATES = {True: "passed", False: "failed", None: "undecided"}
@@ -63,6 +64,12 @@ def _sections(report: Report, folder: Path | None) -> Iterator[Node | None]:
         seen = attention_file.read(folder)
         yield section("Attention", *attention_html.parts(seen, folder)) if seen else None
     yield section("Images", items(_images(report)))
+    for one in sections(report):
+        yield section(
+            one.title,
+            table(one.title, one.headers, one.rows),
+            el("p", f"{one.caption}.", class_="soft"),
+        )
     yield section("Environment", _environment(report))
     yield section("Device", *(device_html.parts(report.device) if report.device else ()))
     yield section("The command", el("pre", report.command))

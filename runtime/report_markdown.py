@@ -15,6 +15,7 @@ from vit_export.runtime.report_cells import (
     why,
 )
 from vit_export.runtime.report_schema import EvalData, Report
+from vit_export.runtime.report_sections import Section, sections
 from vit_export.runtime.sweep import CAPTION, TITLE, sweep
 from vit_export.runtime.sweep import HEADERS as SWEEP_HEADERS
 
@@ -23,15 +24,16 @@ _ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mar
 
 def render(report: Report) -> bytes:
     """The report as GitHub-flavoured Markdown, UTF-8."""
-    sections = [
+    parts = [
         _head(report),
         _sweep(report),
         _verdicts(report),
         _data(report),
+        *map(_section, sections(report)),
         _environment(report),
         _device(report),
     ]
-    texts = ("\n".join(lines) for lines in sections)
+    texts = ("\n".join(lines) for lines in parts)
     return ("\n\n".join(text for text in texts if text).rstrip() + "\n").encode()
 
 
@@ -75,6 +77,14 @@ def _sweep(report: Report) -> Iterator[str]:
     yield from table(SWEEP_HEADERS, lines)
     yield ""
     yield f"{CAPTION}."
+
+
+def _section(section: Section) -> Iterator[str]:
+    yield f"## {section.title}"
+    yield ""
+    yield from table(section.headers, section.rows)
+    yield ""
+    yield f"{escape(section.caption)}."
 
 
 def _verdicts(report: Report) -> Iterator[str]:

@@ -164,6 +164,7 @@ class Baseline(Part, frozen=True, kw_only=True):
     latency_ms: Latency | None = None
     peak_rss_bytes: Count | None = None
     predictions: PackedIds | None = None
+    roofline: Roofline | None = None
 
 
 class Gate(Part, frozen=True, kw_only=True):
@@ -173,6 +174,56 @@ class Gate(Part, frozen=True, kw_only=True):
     value: float | None
     limit: float
     passed: bool | None
+
+
+class Ceilings(Part, frozen=True, kw_only=True):
+    """GMAC/s that products of large matrices reached on this machine, by arithmetic; null: it has none."""
+
+    runtime: str
+    threads: Count
+    fp32: float | None = None
+    bf16: float | None = None
+    int8: float | None = None
+
+
+class Roofline(Part, frozen=True, kw_only=True):
+    """Products a second of a measured latency. ceiling: the arithmetic whose ceiling `share` is a part of."""
+
+    gmac_per_s: float
+    ceiling: Literal["fp32", "bf16", "int8"]
+    share: float | None = None
+
+
+class TuningStep(Part, frozen=True, kw_only=True):
+    """One option that --tune tried against the best before it. p50_ms: of a call with it; ratio: how many
+    times faster; sqnr_db: against FP32 on the images it was judged by. note: why it was not taken."""
+
+    choice: str
+    option: str
+    taken: bool
+    p50_ms: float | None = None
+    ratio: float | None = None
+    sqnr_db: float | None = None
+    note: str = ""
+
+
+class ThroughputPoint(Part, frozen=True, kw_only=True):
+    """Images a second of calls with `batch` images: one after the other, or as many `streams` at once."""
+
+    mode: Literal["latency", "throughput"]
+    threads: Side
+    streams: Side
+    batch: Side
+    images_per_s: float
+
+
+class StageCost(Part, frozen=True, kw_only=True):
+    """What a stage of the run took. peak_rss_bytes: resident memory of vit-export and its children together
+    (shared pages count in each), null where the system does not tell."""
+
+    stage: str
+    seconds: float
+    peak_rss_bytes: Count | None = None
 
 
 class StageLoss(Part, frozen=True, kw_only=True):
@@ -187,7 +238,7 @@ class Result(Part, frozen=True, kw_only=True):
     """One artifact. reason: why it was not run or failed. artifact: relative to the report's folder.
 
     details: facts of the build and of the runtime, which differ between targets. notes: those a user
-    should know, in sentences.
+    should know, in sentences. tuning, throughput: with --tune and --throughput.
     """
 
     target: str
@@ -201,6 +252,9 @@ class Result(Part, frozen=True, kw_only=True):
     latency_ms: Latency | None = None
     speedup: float | None = None
     speedup_vs_fp16: float | None = None
+    roofline: Roofline | None = None
+    tuning: tuple[TuningStep, ...] = ()
+    throughput: tuple[ThroughputPoint, ...] = ()
     top1: Fraction | None = None
     top5: Fraction | None = None
     top1_drop: Points | None = None
@@ -241,6 +295,7 @@ class Report(Part, frozen=True, kw_only=True):
     """One run of vit-export. more_baselines: those of further image sizes. device: set by `verify`.
 
     decisions, sensitivity: of the quantisation plan at the first image size.
+    ceilings: what the processor can do, measured in this run. costs: of this run's stages, in order.
     reused: stages that were not run, because an interrupted run or the store had them.
     """
 
@@ -256,6 +311,8 @@ class Report(Part, frozen=True, kw_only=True):
     sensitivity: tuple[LayerSensitivity, ...] = ()
     device: Device | None = None
     reused: tuple[str, ...] = ()
+    ceilings: Ceilings | None = None
+    costs: tuple[StageCost, ...] = ()
     schema: Literal["vit-export.report/1"] = SCHEMA
 
     def baseline_for(self, size: Size) -> Baseline | None:

@@ -15,7 +15,7 @@ import importlib.metadata
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -174,6 +174,31 @@ class Runner(ABC):
             if collecting:
                 gc.enable()
 
+    def rate(self, images: Images, *, seconds: float) -> tuple[int, float]:
+        """(calls, seconds): calls on `images` that ended in about `seconds`, at least two a stream.
+
+        As many run at once as the runner has `streams`. Raises as `infer` does, for the first call.
+        """
+        if self.signature.batch not in (None, len(images)):
+            raise UsageError(f"this artifact takes batch {self.signature.batch}, asked for {len(images)}")
+        self.infer(images)
+        began = time.perf_counter()
+        calls = self._rate(images, began + seconds)
+        return calls, time.perf_counter() - began
+
+    @property
+    def streams(self) -> int:
+        """Calls that `rate` lets run at once."""
+        return 1
+
+    def _rate(self, images: Images, end: float) -> int:
+        """Calls until `perf_counter` says `end`; how many."""
+        calls = 0
+        while calls < 2 or time.perf_counter() < end:
+            self._infer(images)
+            calls += 1
+        return calls
+
     def details(self, images: Images) -> Mapping[str, Any]:
         """How the runtime runs the artifact, measured on `images` where that matters: JSON's own types, for
         the report. Nothing by default."""
@@ -217,6 +242,14 @@ class Runner(ABC):
             return msgspec.convert(dict(self.runnable.options), kind)
         except msgspec.ValidationError as error:
             raise UsageError(f"runner {self.runnable.runner}: {error}") from error
+
+    def _take_session(self, metadata: str) -> None:
+        """Take session options from the artifact's own metadata (JSON), where the runnable sets none."""
+        try:
+            stored = msgspec.json.decode(metadata, type=dict[str, Any]) if metadata else {}
+        except msgspec.DecodeError as error:
+            raise InputError(f"{self.runnable.path.name} names no readable session: {error}") from error
+        self.runnable = replace(self.runnable, options={**stored, **self.runnable.options})
 
     def _refused(self, verb: str, error: Exception) -> RunnerError:
         return RunnerError(f"{self.package} {verb} {self.runnable.path.name}: {_line(error)}")

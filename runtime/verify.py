@@ -21,10 +21,12 @@ import msgspec
 from vit_export.errors import InputError, UsageError
 from vit_export.runtime import beside, report_files, thumbnails, verdict
 from vit_export.runtime.bundle_open import Bundle
+from vit_export.runtime.costs import Costs
 from vit_export.runtime.device import read_device, throttling
 from vit_export.runtime.environment import collect as environment
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Data, Device, DeviceState, EvalData, PackedIds, Report, Result
+from vit_export.runtime.roofline import with_roofline
 from vit_export.runtime.verify_size import OneSize, VerifyJob
 
 __all__ = ["VerifyJob", "check_targets", "exit_code", "verify", "workspace"]
@@ -62,7 +64,12 @@ def verify(
     Raises UsageError for a target that the bundle does not have, InputError for damaged contents.
     """
     check_targets(bundle, job)
-    notify = progress or _silent
+    with Costs(progress or _silent) as costs:
+        return _verify(bundle, job, output, work, command, costs)
+
+
+def _verify(bundle: Bundle, job: VerifyJob, output: Path, work: Path, command: str, costs: Costs) -> Report:
+    notify = costs.notify
     beside.clear(output)
     before = read_device()
     sizes = [
@@ -74,6 +81,11 @@ def verify(
     report = _report(bundle, job, sizes, results, before, command)
     images = [bundle.images(size.stored.evaluation, size.stored.preprocessing) for size in sizes]
     thumbnails.write(report, images, output)
+    notify("measure the processor", 0, 1)
+    model = bundle.manifest.model
+    macs = {model.preprocessing.size: model.macs} if model.macs else {}
+    report = with_roofline(report, macs, bundle.manifest.batch_size or 1)
+    report = msgspec.structs.replace(report, costs=costs.so_far())
     report_files.write(report, output)
     return report
 

@@ -65,6 +65,8 @@ class Session:
                 return self._open(request)
             case protocol.Time():
                 return self._time(request)
+            case protocol.Rate():
+                return self._rate(request)
             case protocol.Infer():
                 return self._infer(request)
             case protocol.Describe():
@@ -91,7 +93,11 @@ class Session:
         )
         return protocol.Timed(times.tolist())
 
-    def _sample(self, request: protocol.Time | protocol.Describe) -> Images:
+    def _rate(self, request: protocol.Rate) -> protocol.Rated:
+        calls, seconds = self.runner.rate(self._sample(request), seconds=request.seconds)
+        return protocol.Rated(calls * request.batch, seconds, self.runner.streams)
+
+    def _sample(self, request: protocol.Time | protocol.Rate | protocol.Describe) -> Images:
         """The first `batch` images, repeated if there are fewer, or seeded noise without images."""
         if request.pixels is None or request.preprocessing is None:
             shape = (request.batch, 3, *self.runner.signature.image_size)

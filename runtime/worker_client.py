@@ -68,7 +68,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_environment(os.environ, self.runnable.threads),
+            env=pool_environment(os.environ, self.runnable.threads),
             start_new_session=True,  # Ctrl-C is ours to handle, and one kill ends its children too
         )
         self._start_readers(self._process)
@@ -112,6 +112,11 @@ class Worker:
         request = protocol.Time(*limits, *((data.pixels, data.preprocessing) if data else ()))
         timed = self._ask(request, protocol.Timed, patience=2 * max_seconds)
         return np.asarray(timed.ns, np.int64)
+
+    def rate(self, data: EvalSet | None = None, *, batch: int = 1, seconds: float = 1.0) -> protocol.Rated:
+        """How many images go through in about `seconds`, after one call that is not counted."""
+        request = protocol.Rate(batch, seconds, *((data.pixels, data.preprocessing) if data else ()))
+        return self._ask(request, protocol.Rated, patience=seconds)
 
     def infer(
         self,
@@ -240,7 +245,7 @@ class Worker:
                 _close(pipe)
 
 
-def _environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
+def pool_environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
     """The parent's variables with the thread pools of OpenMP and the BLAS libraries set to `threads`."""
     return {**parent, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), "PYTHONUNBUFFERED": "1"}
 

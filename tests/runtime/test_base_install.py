@@ -32,6 +32,7 @@ NEEDS_TORCH = {
     "vit_export.one_size",
     "vit_export.report_extras",
     "vit_export.build_size",
+    "vit_export.tuning",
     "vit_export.several_sizes",
     "vit_export.calibration.collect",
 }
