@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from vit_export.sweep.matrix import Cell, SweepFile
 
 _PRECISIONS = ("fp32", "fp16", "int8")
-_NOT_FOR_CELLS = ("output", "config", "store", "resume", "zip", "quiet", "verbose", "json", "version", "help")
+_NOT_FOR_CELLS = (
+    "output", "config", "store", "resume", "zip", "quiet", "verbose", "json", "version", "help",
+    "tune", "tune-budget", "throughput",  # a cell is measured on whichever machine is free
+)  # fmt: skip
 
 TlsFile = Annotated[Path | None, typer.Option(help="PEM file of an encrypted cluster")]
 

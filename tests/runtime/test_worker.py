@@ -204,7 +204,7 @@ def test_threads_are_set_before_the_worker_starts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(worker_client, "physical_cores", lambda: 5)
     assert Worker(fake()).runnable.threads == 1
     assert Worker(Runnable("fake", Path("-"))).runnable.threads == 5
-    env = worker_client._environment({"OMP_NUM_THREADS": "99", "HOME": "/h"}, 5)
+    env = worker_client.pool_environment({"OMP_NUM_THREADS": "99", "HOME": "/h"}, 5)
     assert (env["OMP_NUM_THREADS"], env["MKL_NUM_THREADS"], env["OPENBLAS_NUM_THREADS"]) == ("5", "5", "5")
     assert env["HOME"] == "/h"
 
