@@ -242,6 +242,7 @@ class OneSize:
             return Runnable("onnx", self.model.baseline_path, self.job.threads)
         folder = self.work / f"baseline-{self._name}"
         decided = key("baseline", program=self.digest)
+        self.notify("save the baseline", 0, 1)
         self.stages.once("baseline", decided, folder, lambda _: save_baseline(program, folder / "model.pt2"))
         return Runnable(BASELINE, folder / "model.pt2", self.job.threads)
 

@@ -125,6 +125,7 @@ class Stages:
         out = folder / "logits.npy"
 
         def make(_: Path) -> object:
+            notify(f"evaluate {name}", 0, images.count)
             said = predict(
                 runnable, images, out, batch=batch, timeout=timeout,
                 progress=lambda _, done, total: notify(f"evaluate {name}", done, total),

@@ -199,25 +199,32 @@ class Search:
         options: Sequence[tuple[str, Callable[[], _Candidate]]],
         judge: Judge | None,
     ) -> _Candidate:
-        """The option whose network answers most like the float one; a tie keeps the earlier."""
+        """The option whose network answers most like the float one; a tie keeps the earlier.
+
+        Memory: the best network so far and the one being tried.
+        """
         if len(options) == 1:
             name, make = options[0]
             if name not in ("off", "nearest"):
                 self.decisions.append(Decision(choice, name, taken=True))
             return make()
         assert judge is not None
-        tried: list[tuple[Score, _Candidate, str]] = []
+        tried: list[tuple[str, Score]] = []
+        best, top = None, 0
         for name, make in options:
             if tried and time.monotonic() > self._deadline:
                 self.decisions.append(Decision(choice, name, taken=False, note="not tried: out of budget"))
                 continue
             made = make()
             score = made.score or judge.score(made.program, self._plan(made))
-            tried.append((score, replace(made, score=score), name))
-        top = max(range(len(tried)), key=lambda i: tried[i][0].sqnr_db)
-        for index, (score, _, name) in enumerate(tried):
+            if best is None or score.sqnr_db > tried[top][1].sqnr_db:
+                best, top = replace(made, score=score), len(tried)
+            tried.append((name, score))
+            del made
+        for index, (name, score) in enumerate(tried):
             self.decisions.append(Decision(choice, name, index == top, score.sqnr_db, score.agreement))
-        return tried[top][1]
+        assert best is not None
+        return best
 
 
 @dataclass(frozen=True, slots=True, eq=False)
