@@ -71,10 +71,9 @@ def throughput(report: Report) -> Section:
         (*way, *(f"{speeds[batch]:.1f}" if batch in speeds else NONE for batch in batches))
         for way, speeds in ways.items()
     )
-    headers = ("artifact", "calls", "threads", *(f"batch {batch}" for batch in batches))
-    return Section(
-        "Images a second", headers, rows, "calls: one by one as in a camera, at once as in a server"
-    )
+    headers = ("artifact", "calls", "threads", *map(str, batches))
+    caption = "calls: one by one as behind a camera, at once as in a server"
+    return Section("Images a second by batch", headers, rows, caption)
 
 
 def costs(report: Report) -> Section:
