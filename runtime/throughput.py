@@ -21,7 +21,7 @@ from vit_export.runtime.report_schema import Result, ThroughputPoint
 from vit_export.runtime.worker_client import Worker
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-_SECONDS = 1.0  # of calls for each point, after one that is not counted
+SECONDS = 1.0  # of calls for each point, after one that is not counted
 
 # How each CPU runner is told to let calls run at once on so many threads.
 AT_ONCE: Mapping[str, Callable[[int], Mapping[str, Any]]] = {
@@ -47,14 +47,15 @@ def curve(
     runnable: Runnable,
     images: EvalSet | None,
     *,
-    batches: tuple[int, ...] = BATCHES,
-    seconds: float = _SECONDS,
+    batches: tuple[int, ...] | None = None,
+    seconds: float | None = None,
 ) -> Iterator[ThroughputPoint]:
     """Points over batches, for 1, 2, 4... threads one call at a time, then for all threads at once.
 
     images: what is run, None for seeded noise. runnable.threads: all threads, 0 for the physical cores. An
-    artifact of a fixed batch has only that.
+    artifact of a fixed batch has only that. batches, seconds: BATCHES and SECONDS without.
     """
+    batches, seconds = batches or BATCHES, SECONDS if seconds is None else seconds
     most = runnable.threads or physical_cores()
     for threads in _doubling(most):
         yield from _points("latency", replace(runnable, threads=threads), images, batches, seconds)
