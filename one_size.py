@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -427,8 +426,8 @@ class OneSize:
         work = self.work / f"tune-{self._name}"
         work.mkdir()
         few = first_images(images, _BLAME_IMAGES, work / "images.npy")
-        deadline = time.monotonic() + budget / max(1, len(self.job.image_sizes))
-        tuner = Tuner(builder, few, reference[: few.count], work, deadline, self.notify)
+        share = budget / max(1, len(self.job.image_sizes))
+        tuner = Tuner(builder, few, reference[: few.count], work, share, self.notify)
         self.tuned = tuner.run()
         return dataclasses.replace(builder, tuned=self.tuned)
 

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +40,28 @@ class Tuner:
     """Tunes the artifacts of one image size.
 
     images: a few, on which options are judged; reference: the baseline's outputs [N, K] for them. work: a
-    scratch folder. deadline: on `time.monotonic`.
+    scratch folder. budget: seconds, of which each artifact may use its share of what is left.
     """
 
     builder: SizeBuilder
     images: EvalSet
     reference: Logits
     work: Path
-    deadline: float
+    budget: float
     notify: ProgressCallback
+    _deadline: float = 0.0
     _built: dict[str, BuiltArtifact] = field(default_factory=dict)
 
     def run(self) -> Mapping[tuple[str, Precision], Tuned]:
         """What was chosen, for every target with choices that runs here and every precision."""
-        return {
-            (target.name, precision): self._tune(target, precision)
-            for target in self.builder.targets
-            if target.name in CHOICES and not target.not_timed()
-            for precision in self.builder.job.precisions
-        }
+        targets = [t for t in self.builder.targets if t.name in CHOICES and not t.not_timed()]
+        pairs = list(product(targets, self.builder.job.precisions))
+        end, found = time.monotonic() + self.budget, {}
+        for done, (target, precision) in enumerate(pairs):
+            now = time.monotonic()
+            self._deadline = now + (end - now) / (len(pairs) - done)
+            found[target.name, precision] = self._tune(target, precision)
+        return found
 
     def _tune(self, target: Target, precision: Precision) -> Tuned:
         best = Tuned()
@@ -84,7 +88,7 @@ class Tuner:
         def step(note: str = "", taken: bool = False, **found: float | None) -> TuningStep:
             return TuningStep(choice=choice.name, option=str(option), taken=taken, note=note, **found)
 
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > self._deadline:
             return step("not tried: out of budget")
         try:
             pair = {

@@ -28,22 +28,31 @@ def sections(report: Report) -> Iterator[Section]:
             yield section
 
 
+def _names(report: Report) -> Callable[[str], str]:
+    """Shortens names of artifacts by the image size that all of them have."""
+    sizes = {one.image_size for one in (report.baseline, *report.more_baselines, *report.results)}
+    same = f" {shown_size(sizes.pop())}" if len(sizes) == 1 else ""
+    return lambda name: name.removesuffix(same)
+
+
 def roofline(report: Report) -> Section:
     """How much of the processor each artifact uses."""
+    short = _names(report)
     named = [
-        (f"{b.runtime} {b.precision} {shown_size(b.image_size)}", b.roofline)
+        (short(f"{b.runtime} {b.precision} {shown_size(b.image_size)}"), b.roofline)
         for b in (report.baseline, *report.more_baselines)
     ]
-    named += [(result.name, result.roofline) for result in report.results]
+    named += [(short(result.name), result.roofline) for result in report.results]
     rows = tuple((name, *_reached(found)) for name, found in named if found is not None)
     return Section("Share of the processor", ("artifact", "GMAC/s", "share", "of"), rows, _ceilings(report))
 
 
 def tuning(report: Report) -> Section:
     """What --tune tried on this machine."""
+    short = _names(report)
     rows = tuple(
         (
-            result.name,
+            short(result.name),
             f"{step.choice}: {step.option}",
             milliseconds(step.p50_ms),
             NONE if step.ratio is None else f"{step.ratio:.2f}x",
@@ -61,7 +70,8 @@ def tuning(report: Report) -> Section:
 
 def throughput(report: Report) -> Section:
     """Images a second by batch, a row for each way of running an artifact."""
-    found = [(result.name, point) for result in report.results for point in result.throughput]
+    short = _names(report)
+    found = [(short(result.name), point) for result in report.results for point in result.throughput]
     batches = sorted({point.batch for _, point in found})
     ways: dict[tuple[str, str, str], dict[int, float]] = {}
     for name, point in found:

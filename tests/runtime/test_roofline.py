@@ -81,5 +81,5 @@ def test_sections_show_what_there_is(tops: None) -> None:
     """The share is printed in per cent beside its ceiling; a report without measurements has no section."""
     assert list(sections(report(result()))) == []
     (section,) = sections(roofline.with_roofline(report(result()), MACS))
-    assert section.rows[-1] == ("onnx int8 224x224", "150", "38%", "int8")
+    assert section.rows[-1] == ("onnx int8", "150", "38%", "int8")
     assert "int8 400" in section.caption and "2 threads" in section.caption

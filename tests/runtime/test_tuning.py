@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,9 +59,8 @@ def tuner(tmp_path: Path, *choices: Choice, seconds: float = 600.0) -> tuple[Tun
     with open_runner(Runnable("fake", Path("-"), 1, {"image_size": SIZE})) as runner:
         reference = runner.infer(images.preprocessing.normalize(pixels))
     builder = FakeBuilder()
-    deadline = time.monotonic() + seconds
     made: Any = builder
-    return Tuner(made, images, reference, tmp_path, deadline, lambda *step: None), builder
+    return Tuner(made, images, reference, tmp_path, seconds, lambda *step: None), builder
 
 
 @pytest.fixture(autouse=True)
