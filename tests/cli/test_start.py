@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
+
+import pytest
 
 HELP_SECONDS = 0.3
-_TRIES = 20  # a busy machine delays most of them; the code's own cost is that of the fastest
+_TRIES = 5  # of which the fastest counts: others were cold or disturbed
 
 
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="processor time of one child")
 def test_help_is_there_at_once() -> None:
-    """`vit-export --help` prints within 0.3 s, the interpreter's own start included."""
+    """`vit-export --help` costs less than 0.3 s of the processor, the interpreter's own start included:
+    what a user waits for on a machine that does nothing else."""
     code = "from vit_export.cli import main; main()"
-    fastest = float("inf")
+    spent = []
     for _ in range(_TRIES):
-        began = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", code, "--help"], check=True, stdout=subprocess.DEVNULL, timeout=60
-        )
-        fastest = min(fastest, time.perf_counter() - began)
-        if fastest < HELP_SECONDS:
-            return
-    raise AssertionError(f"the fastest of {_TRIES} took {fastest:.2f} s")
+        child = subprocess.Popen([sys.executable, "-c", code, "--help"], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        assert child.returncode == 0
+        spent.append(usage.ru_utime + usage.ru_stime)
+    assert min(spent) < HELP_SECONDS, f"{min(spent):.2f} s"
 
 
 def test_help_imports_no_numbers() -> None:
