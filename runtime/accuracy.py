@@ -91,7 +91,7 @@ def drop_interval(
     won = int(np.sum(~right_before & right_after))
     shares = np.array([lost + 0.5, won + 0.5, count - lost - won + 1.0]) / (count + 2.0)
     draws = np.random.default_rng(seed).multinomial(count, shares, size=resamples)
-    low, high = np.percentile((draws[:, 0] - draws[:, 1]) * (100.0 / count), (2.5, 97.5))
+    low, high = np.percentile(100.0 * (draws[:, 0] - draws[:, 1]) / count, (2.5, 97.5))
     return float(low), float(high)
 
 
