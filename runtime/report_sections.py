@@ -30,7 +30,8 @@ def sections(report: Report) -> Iterator[Section]:
 
 def _names(report: Report) -> Callable[[str], str]:
     """Shortens names of artifacts by the image size that all of them have."""
-    sizes = {one.image_size for one in (report.baseline, *report.more_baselines, *report.results)}
+    sizes = {baseline.image_size for baseline in (report.baseline, *report.more_baselines)}
+    sizes |= {result.image_size for result in report.results}
     same = f" {shown_size(sizes.pop())}" if len(sizes) == 1 else ""
     return lambda name: name.removesuffix(same)
 
