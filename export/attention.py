@@ -47,12 +47,14 @@ class Seen:
     """The weights at a site: [n, heads, queries, keys] where it sees whole images of a batch of n.
 
     Windows stand in the first dimension; a 3-D product joins it with the heads. shift: by how much the
-    image was rolled before it was cut into windows, (rows, columns), as shifted windows do.
+    image was rolled before it was cut into windows, (rows, columns), as shifted windows do. first: the token
+    that the first query is of, where only queries that are read were kept (export/tokens.py).
     """
 
     site: Site
     weights: Tensor
     shift: Size = (0, 0)
+    first: int | None = None
 
 
 def find_attention(graph: GraphModule) -> tuple[Site, ...]:
@@ -126,12 +128,23 @@ class Walk(Interpreter):
             if node in self.sites:
                 args, kwargs = self.fetch_args_kwargs_from_env(node)
                 weights = weights_of(*args, **kwargs) if node.target is _FUSED else value
-                yield Seen(self.sites[node], weights, self._shift)
+                yield Seen(self.sites[node], weights, self._shift, _first_query(node))
                 self._shift = 0, 0
             if node.op == "output":
                 self.result = value
             for used in self.user_to_last_uses.get(node, ()):
                 del self.env[used]
+
+
+def _first_query(node: Node, reach: int = _REACH) -> int | None:
+    """Where the queries of an attention were cut out of all tokens; None for those of all tokens."""
+    while reach > 0 and node.args and isinstance(node.args[0], Node):
+        node, reach = node.args[0], reach - 1
+        if node.target is aten.slice.Tensor and len(node.args) > 2 and node.args[1] not in (-1, 0):
+            return int(node.args[2])
+        if node.target is aten.layer_norm.default:
+            return None
+    return None
 
 
 def attend(program: Program, quantized: Program | None, image: Images) -> ImageAttention:
@@ -152,7 +165,7 @@ def attend(program: Program, quantized: Program | None, image: Images) -> ImageA
         both = (seen.weights,) if pair is None else (seen.weights, pair.weights)
         layers.append(_layer(seen, both, len(images), one.patches))
         for flow, weights in zip(flows, both, strict=False):
-            flow.add(_one_image(weights, len(images)))
+            flow.add(_one_image(weights, len(images)), seen.first)
     maps = [flow.map(one.patches) for flow in flows[: 2 if other else 1]]
     return ImageAttention(
         tuple(layers),
@@ -179,7 +192,7 @@ def _layer(seen: Seen, both: tuple[Tensor, ...], batch: int, patches: Size | Non
         heads=heads,
         queries=int(shape[-2]),
         keys=int(shape[-1]),
-        query="class token" if _has_class(int(shape[-2]), patches) and known else "mean of all tokens",
+        query="class token" if _has_class(*shape[-2:], patches) and known else "mean of all tokens",
         grid=(known[0].shape[1], known[0].shape[2]) if known else None,
         float_maps=known[0] if known else None,
         int8_maps=known[1] if len(known) > 1 else None,
@@ -233,11 +246,12 @@ def class_row(weights: Tensor, patches: Size | None) -> Tensor:
     weights: [heads, queries, keys]. Without prefix tokens the mean over all queries; a single query, as in
     attention pooling, speaks for itself.
     """
-    return weights[:, 0] if _has_class(weights.shape[1], patches) else weights.mean(1)
+    return weights[:, 0] if _has_class(*weights.shape[1:], patches) else weights.mean(1)
 
 
-def _has_class(queries: int, patches: Size | None) -> bool:
-    found = token_grid(queries, patches)
+def _has_class(queries: int, keys: int, patches: Size | None) -> bool:
+    """Whether the first query is a class token; queries that nobody reads may be missing."""
+    found = token_grid(max(queries, keys), patches)
     return queries == 1 or (found is not None and found[1] > 0)
 
 
@@ -276,32 +290,39 @@ def divergence(weights: Tensor, other: Tensor) -> float:
 
 
 class Rollout:
-    """The product of the layers' attention. matrix: [tokens, tokens], rows sum to 1."""
+    """The product of the layers' attention. matrix: [tokens, tokens], rows sum to 1.
+
+    After a layer with fewer queries, [queries, tokens]; nothing can follow it.
+    """
 
     def __init__(self) -> None:
         self.matrix: Tensor | None = None
         self.reason = ""
 
-    def add(self, weights: Tensor | None) -> None:
-        """One more layer, [heads, queries, keys]; None for a layer that does not see the whole image."""
+    def add(self, weights: Tensor | None, first: int | None = None) -> None:
+        """One more layer, [heads, queries, keys]; None for a layer that does not see the whole image.
+
+        first: the token that the first query is of, where only some have a query.
+        """
         if self.reason:
             return
-        if weights is None or weights.shape[1] != weights.shape[2]:
+        if weights is None or (first is None and weights.shape[1] != weights.shape[2]):
             self.reason = "rollout needs layers in which every token can see every other"
-        elif self.matrix is not None and len(self.matrix) != weights.shape[1]:
-            counts = f"{len(self.matrix)} to {weights.shape[1]}"
+        elif self.matrix is not None and len(self.matrix) != weights.shape[2]:
+            counts = f"{len(self.matrix)} to {weights.shape[2]}"
             self.reason = f"rollout needs the same tokens in every layer, here they go from {counts}"
         else:
-            step = 0.5 * (weights.mean(0) + torch.eye(weights.shape[1]))
+            same = torch.eye(weights.shape[2]).narrow(0, first or 0, weights.shape[1])
+            step = 0.5 * (weights.mean(0) + same)
             self.matrix = step if self.matrix is None else step @ self.matrix
 
     def map(self, patches: Size | None) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None:
         """[rows, columns] of what reaches the class token (or, without one, all tokens) from each patch."""
         if self.reason or self.matrix is None:
             return None
-        found = token_grid(len(self.matrix), patches)
+        found = token_grid(self.matrix.shape[1], patches)
         if found is None:
-            self.reason = f"{len(self.matrix)} tokens are no grid of the image"
+            self.reason = f"{self.matrix.shape[1]} tokens are no grid of the image"
             return None
         row = class_row(self.matrix[None], patches)[0]
         return row[found[1] :].reshape(found[0]).numpy()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vit_export.export.graph import Edit, aten, module_path, sole_user
+from vit_export.export.tokens import drop_unread_tokens
 
 _NO_OPS = (
     aten.dropout.default,
@@ -201,5 +202,5 @@ def _arg(node: Node, index: int) -> object:
 
 
 FOLDS: tuple[Callable[[Edit], None], ...] = (
-    drop_no_ops, fold_constants, flatten_attention, fold_batch_norm, fold_layer_scale
+    drop_no_ops, drop_unread_tokens, fold_constants, flatten_attention, fold_batch_norm, fold_layer_scale
 )  # fmt: skip

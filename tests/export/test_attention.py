@@ -44,7 +44,8 @@ def test_every_family_shows_its_attention(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["timm vit", "timm deit distilled", "timm dinov2 registers", "timm beit"])
 def test_maps_are_those_of_a_hook_in_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph's weights equal what a hook on timm's unfused attention sees, layer by layer."""
+    """The graph's weights equal what a hook on timm's unfused attention sees, layer by layer, for each query
+    that the graph still has (the last layer keeps those that are read)."""
     model = FAMILIES[name].load()
     image = images(model.image_size, 1)
     hooked: list[Tensor] = []
@@ -59,8 +60,9 @@ def test_maps_are_those_of_a_hook_in_eager(name: str, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     seen = [one.weights for one in Walk(trace(model)).attention(image)]
     assert len(seen) == len(hooked) == 2
+    assert seen[0].shape == hooked[0].shape
     for ours, theirs in zip(seen, hooked, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours, theirs[..., : ours.shape[-2], :], rtol=1e-4, atol=1e-6)
 
 
 def test_rollout_is_the_paper_s_recursion() -> None:
@@ -78,6 +80,17 @@ def test_rollout_is_the_paper_s_recursion() -> None:
     shown = flow.map((4, 4))
     assert shown is not None
     np.testing.assert_allclose(shown, expected[0, 1:].reshape(4, 4), rtol=1e-6)
+
+
+def test_rollout_ends_with_the_queries_that_are_read() -> None:
+    """A last layer with the class token's query alone gives the class token's row of the whole rollout."""
+    weights = torch.rand(2, 2, 17, 17).softmax(-1)
+    whole, cut = attention.Rollout(), attention.Rollout()
+    for layer in weights:
+        whole.add(layer)
+    cut.add(weights[0])
+    cut.add(weights[1, :, :1], first=0)
+    np.testing.assert_allclose(cut.map((4, 4)), whole.map((4, 4)), rtol=1e-6)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("masked", ["none", "bool", "float", "causal", "scale", "grouped"])

@@ -21,12 +21,13 @@ def test_layers_carry_module_paths_in_order() -> None:
 
 
 def test_macs_are_those_of_the_formula() -> None:
-    """MACs of one image: tokens x weights for linears, 2 N² C for attention."""
+    """MACs of one image: tokens x weights for linears, 2 N² C for attention; only what the class token needs
+    behind the last block's keys and values."""
     program = trace(small_vit())
     tokens, width = 17, 48
-    linears = tokens * (3 + 1 + 4 + 4) * width * width * 2
+    linears = (tokens * (3 + 1 + 4 + 4) + tokens * 3 + (1 + 4 + 4)) * width * width
     patch, head = 16 * 3 * 64 * width, width * 10
-    assert program.attention_macs == 2 * 2 * tokens * tokens * width
+    assert program.attention_macs == 2 * (tokens + 1) * tokens * width
     assert program.macs == linears + patch + head + program.attention_macs
 
 
