@@ -110,8 +110,14 @@ def export(
     calib_method: Annotated[
         str, typer.Option(help=f"{', '.join(METHODS)}; auto judges the choices below by the network's output")
     ] = "auto",
+    rotate: Annotated[
+        str | None, typer.Option(help="spread outlier channels over all others: auto, on or off")
+    ] = None,
     equalize: Annotated[
         str | None, typer.Option(help="move outlier channels into weights: auto, off, or alpha in 0..1")
+    ] = None,
+    divide_outliers: Annotated[
+        str | None, typer.Option(help="behind a GELU, by an operator of their own: auto, on or off")
     ] = None,
     rounding: Annotated[str | None, typer.Option(help="of weights: auto, nearest or gptq")] = None,
     bias_correction: Annotated[str | None, typer.Option(help="auto, on or off")] = None,

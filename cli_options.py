@@ -190,7 +190,9 @@ def choices(options: Mapping[str, Any]) -> Choices:
     given, budget = options.get, options.get("search_budget")
     return Choices(
         observer=observer("minmax" if auto else method),
+        rotate=_open("--rotate", given("rotate"), auto, (False, True), (False,)),
         alphas=_open("--equalize", given("equalize"), auto, ALPHAS, (None,)),
+        divide=_open("--divide-outliers", given("divide_outliers"), auto, (False, True), (False,)),
         rounding=_open("--rounding", given("rounding"), auto, ("nearest", "gptq"), ("nearest",)),
         correct_bias=_open("--bias-correction", given("bias_correction"), auto, (False, True), (False,)),
         budget=None if budget is None else 60.0 * budget,
@@ -198,7 +200,9 @@ def choices(options: Mapping[str, Any]) -> Choices:
 
 
 _WORDS: Mapping[str, Mapping[str, Any]] = {
+    "--rotate": {"on": True, "off": False},
     "--equalize": {"off": None},
+    "--divide-outliers": {"on": True, "off": False},
     "--rounding": {"nearest": "nearest", "gptq": "gptq"},
     "--bias-correction": {"on": True, "off": False},
 }

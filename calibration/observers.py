@@ -142,11 +142,12 @@ class ChannelStats:
     """The extremes of each channel, as channel smoothing needs them (Xiao et al. 2022, SmoothQuant).
 
     axis: the channel axis of the tensors: -1 after a LayerNorm, 1 before a convolution.
-    low, high: float32 [C], None before the first tensor.
+    low, high: float32 [C], None before the first tensor. rows: how many values of each channel were seen.
     """
 
     def __init__(self, axis: int = -1) -> None:
         self.axis = axis
+        self.rows = 0
         self.low: npt.NDArray[np.float32] | None = None
         self.high: npt.NDArray[np.float32] | None = None
 
@@ -161,11 +162,13 @@ class ChannelStats:
         low, high = extremes.min.numpy(), extremes.max.numpy()
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise NumericsError(f"NaN or Inf at {where}", "look for broken weights or an overflow before it")
+        self.rows += tensor.numel() // tensor.shape[-1]
         self._join(low, high)
 
     def merge(self, other: ChannelStats) -> None:
         """Become the statistics of both streams."""
         if other.low is not None and other.high is not None:
+            self.rows += other.rows
             self._join(other.low, other.high)
 
     def abs_max(self) -> npt.NDArray[np.float32]:

@@ -11,7 +11,7 @@ so a factor and a constant pass as well.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,12 +49,14 @@ class ChannelGroup:
 
     source: its node (layer_norm, or a linear whose rows are the channels); name: module path of it.
     size: channels of the source, of which only those in `consumers` may be changed.
+    heads: int64 [D] each, channels that attention passes on side by side; empty without attention.
     """
 
     source: str
     name: str
     size: int
     consumers: tuple[Consumer, ...]
+    heads: tuple[Tensor, ...] = ()
 
     def used(self) -> Tensor:
         """Sorted int64 channels that some consumer reads."""
@@ -73,12 +75,35 @@ def find_groups(program: Program) -> tuple[ChannelGroup, ...]:
     return tuple(tracer.groups())
 
 
+def loose(program: Program, groups: Iterable[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """The inputs of linears that are in none of the groups; a group for each tensor that is read."""
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    grouped = {consumer.layer.name for group in groups for consumer in group.consumers}
+    readers: dict[Node, list[Consumer]] = {}
+    for layer in program.layers:
+        node = nodes[layer.node]
+        source = node.args[0]
+        if (
+            layer.kind == "linear"
+            and layer.name not in grouped
+            and owns_weights(node)
+            and isinstance(source, Node)
+        ):
+            readers.setdefault(source, []).append(Consumer(layer, torch.arange(layer.shape[1])))
+    return tuple(
+        ChannelGroup(source.name, module_path(source), len(found[0].channels), tuple(found))
+        for source, found in readers.items()
+        if source.target is not aten.linear.default
+    )
+
+
 @dataclass(slots=True)
 class _Source:
     node: Node
     size: int
     leaked: set[int] = field(default_factory=set)
     consumers: list[Consumer] = field(default_factory=list)
+    heads: dict[tuple[int, ...], None] = field(default_factory=dict)  # in order
 
     def leak(self, ids: Tensor) -> None:
         """These channels are read by something that a factor would change."""
@@ -91,7 +116,7 @@ class _Tracer(Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph)
         nodes = {node.name: node for node in program.graph.graph.nodes}
-        self._layers = {layer.node: layer for layer in program.layers if _owns_weights(nodes[layer.node])}
+        self._layers = {layer.node: layer for layer in program.layers if owns_weights(nodes[layer.node])}
         self._sources: dict[str, _Source] = {}
         self._ids: dict[Node, dict[str, Any]] = {}
 
@@ -101,7 +126,8 @@ class _Tracer(Interpreter):
             kept = tuple(source.consumers)
             read = {int(channel) for consumer in kept for channel in consumer.channels}
             if kept and not read & source.leaked:
-                yield ChannelGroup(name, module_path(source.node), source.size, kept)
+                heads = tuple(torch.tensor(head) for head in source.heads)
+                yield ChannelGroup(name, module_path(source.node), source.size, kept, heads)
 
     def run_node(self, n: Node) -> Any:
         carried = {i: self._ids[i] for i in n.all_input_nodes if self._ids.get(i)}
@@ -115,6 +141,8 @@ class _Tracer(Interpreter):
                     value = super().run_node(n) if value is None else value
                     if (mixed := _through_attention(n, node, ids, value)) is not None:
                         found[name] = mixed
+                        rows = mixed[..., 0, :].reshape(-1, mixed.shape[-1])
+                        self._sources[name].heads |= dict.fromkeys(map(tuple, rows.tolist()))
                     else:
                         self._sources[name].leak(ids)
         value = super().run_node(n) if value is None else value
@@ -129,6 +157,8 @@ class _Tracer(Interpreter):
 
     def _moved(self, n: Node, node: Node, ids: Any) -> Any:
         """The numbers after an operator that only moves values; None for any other operator."""
+        if n.target is aten.mean.dim:
+            return averaged(n, ids)
         if n.target not in MOVES or n.args[0] is not node or not callable(n.target):
             return None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -139,7 +169,7 @@ class _Tracer(Interpreter):
         layer = self._layers.get(n.name)
         if layer is None or n.args[0] is not node or not _reads_plainly(n, layer):
             return False
-        channels = _only(ids, dim=-1 if layer.kind == "linear" else 1)
+        channels = along(ids, dim=-1 if layer.kind == "linear" else 1)
         if channels is None:
             return False
         source.consumers.append(Consumer(layer, channels))
@@ -151,12 +181,12 @@ def _source_size(n: Node, layers: dict[str, Layer]) -> int | None:
     if n.target is aten.layer_norm.default:
         shape = n.args[1]
         one = isinstance(shape, list | tuple) and len(shape) == 1
-        return int(shape[0]) if one and len(n.args) > 3 and _owns_weights(n, 2, 3) else None  # type: ignore[index, arg-type]
+        return int(shape[0]) if one and len(n.args) > 3 and owns_weights(n, 2, 3) else None  # type: ignore[index, arg-type]
     layer = layers.get(n.name)
     return layer.shape[0] if layer is not None and layer.kind == "linear" else None
 
 
-def _owns_weights(n: Node, *indices: int) -> bool:
+def owns_weights(n: Node, *indices: int) -> bool:
     """Whether weight and bias are constants that nothing else reads (a missing bias is)."""
     read = [n.args[i] if len(n.args) > i else None for i in indices or (1, 2)]
     if read[0] is None:
@@ -174,11 +204,18 @@ def _reads_plainly(n: Node, layer: Layer) -> bool:
     return bool(nothing and groups == 1)
 
 
-def _only(ids: Tensor, dim: int) -> Tensor | None:
+def along(ids: Tensor, dim: int) -> Tensor | None:
     """The numbers along `dim`, int64 [C], when they are the same everywhere else; None otherwise."""
     rows = ids.movedim(dim, -1)
     first = rows[(0,) * (rows.ndim - 1)]
     return first.clone() if bool((rows == first).all()) else None
+
+
+def averaged(n: Node, ids: Tensor) -> Tensor | None:
+    """The numbers after a mean over dimensions along which they do not change; None for another mean."""
+    dims, keep = n.args[1], bool(n.args[2]) if len(n.args) > 2 else False
+    least = ids.amin(dims, keepdim=keep)  # type: ignore[arg-type]
+    return least if torch.equal(least, ids.amax(dims, keepdim=keep)) else None  # type: ignore[arg-type]
 
 
 def _through_attention(n: Node, node: Node, ids: Tensor, value: Any) -> Tensor | None:

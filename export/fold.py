@@ -52,6 +52,15 @@ def drop_no_ops(edit: Edit) -> None:
             edit.graph.erase_node(node)
 
 
+def pool_as_mean(edit: Edit) -> None:
+    """Adaptive average pooling to a single value is a mean, which more passes know."""
+    dims = {aten.adaptive_avg_pool1d.default: 1, aten.adaptive_avg_pool2d.default: 2}
+    for node in edit.nodes(*dims):
+        if all(side == 1 for side in node.args[1]):  # type: ignore[union-attr]
+            axes = list(range(-dims[node.target], 0))  # type: ignore[index]
+            node.target, node.args = aten.mean.dim, (node.args[0], axes, True)
+
+
 def _dtype(node: object) -> object:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value.dtype if isinstance(value, Tensor) else node
@@ -202,5 +211,6 @@ def _arg(node: Node, index: int) -> object:
 
 
 FOLDS: tuple[Callable[[Edit], None], ...] = (
-    drop_no_ops, drop_unread_tokens, fold_constants, flatten_attention, fold_batch_norm, fold_layer_scale
+    drop_no_ops, pool_as_mean, drop_unread_tokens, fold_constants, flatten_attention, fold_batch_norm,
+    fold_layer_scale,
 )  # fmt: skip

@@ -20,13 +20,17 @@ ALPHAS: tuple[float | None, ...] = (None, 0.35, 0.5, 0.65)
 class Choices:
     """How ranges are observed, and the options of each further method.
 
-    alphas: of channel equalisation (export/equalize.py), None for none. rounding: of weights.
-    correct_bias: whether mean errors are taken back. budget: seconds after which nothing more is tried;
-    None allows three times what plain calibration took, at least five minutes. It stops between options.
+    rotate: whether streams and heads are turned (export/rotate.py). alphas: of channel equalisation
+    (export/equalize.py), None for none. divide: whether outliers behind a GELU get an operator of their own.
+    rounding: of weights. correct_bias: whether mean errors are taken back. budget: seconds after which
+    nothing more is tried; None allows three times what plain calibration took, at least five minutes. It
+    stops between options.
     """
 
     observer: ObserverConfig = field(default_factory=MinMaxConfig)
+    rotate: tuple[bool, ...] = (False,)
     alphas: tuple[float | None, ...] = (None,)
+    divide: tuple[bool, ...] = (False,)
     rounding: tuple[Rounding, ...] = ("nearest",)
     correct_bias: tuple[bool, ...] = (False,)
     budget: float | None = None
@@ -39,10 +43,21 @@ class Choices:
     @property
     def open(self) -> bool:
         """Whether anything has to be judged."""
-        return max(len(self.alphas), len(self.rounding), len(self.correct_bias)) > 1
+        return max(map(len, self.methods)) > 1
+
+    @property
+    def methods(self) -> tuple[Sequence[object], ...]:
+        """The options of each method, in the order of the search."""
+        return self.rotate, self.alphas, self.divide, self.rounding, self.correct_bias
 
 
-AUTO = Choices(alphas=ALPHAS, rounding=("nearest", "gptq"), correct_bias=(False, True))
+AUTO = Choices(
+    rotate=(False, True),
+    alphas=ALPHAS,
+    divide=(False, True),
+    rounding=("nearest", "gptq"),
+    correct_bias=(False, True),
+)
 """`--calib-method auto`: what --int8 does unless told otherwise."""
 
 

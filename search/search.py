@@ -1,9 +1,8 @@
-"""The search behind `--calib-method auto`: three choices in order, each judged by the whole network.
+"""The search behind `--calib-method auto`: choices in order, each judged by the whole network.
 
-    ranges and channel extremes ─▶ equalise? ─▶ round by GPTQ? ─▶ correct biases? ─▶ plan
+    channel extremes ─▶ rotate? ─▶ equalise? ─▶ divide outliers? ─▶ GPTQ? ─▶ correct biases? ─▶ plan
 
-The order is that of their effect (DINOv2-S, asymmetric: 25.9 dB plain, 28.1 equalised, 28.4 rounded, 28.8
-corrected) and of their dependence: each works on the network that the one before it left.
+The order is that of their dependence: each works on the network that the one before it left.
 """
 
 from __future__ import annotations
@@ -29,23 +28,21 @@ from vit_export.calibration.observers import ChannelStats, MinMaxConfig
 from vit_export.calibration.plan import plan as make_plan
 from vit_export.calibration.preprocess import Batches
 from vit_export.export.bias import correct_biases
-from vit_export.export.channels import ChannelGroup, find_groups
-from vit_export.export.equalize import Equalization, equalization, equalize
+from vit_export.export.channels import ChannelGroup, find_groups, loose
+from vit_export.export.equalize import Equalization, division, equalization, equalize
 from vit_export.export.fake_quant import fake_quantized
 from vit_export.export.quantize import quantize
+from vit_export.export.rotate import rotate
 from vit_export.export.rounding import round_weights
 from vit_export.search.choices import Choices
 from vit_export.search.judge import Judge, Score
 from vit_export.search.sensitivity import sensitivity, within
 
-HEADROOM = 1.2
-"""Of ranges after equalisation. Every channel then reaches the end of the range, so a new image exceeds it
-somewhere, and what is clipped is an outlier that matters. DINOv2-S, calibrated on four photographs and judged
-on crops of four others, both ways: 25.7 and 25.0 dB without, 26.9 and 28.0 dB with it."""
-
 _HELD = 16  # images that judge, at most a quarter of all
 _HELD_FOR_LIMIT = 64  # where a limit is to be kept: a quarter still, but of finer points
 _LAYERS = 8  # of the images that judge, those that each layer is judged by
+_WORTH = 0.3  # dB that an operator more must gain
+_ROWS = 256  # tokens that must have reached a layer before its channels are told apart
 _SECOND = 32  # images that correlations and mean errors are taken from
 _TIMES = 3.0  # default budget in plain calibrations
 _LEAST = 300.0  # seconds of it: a busy machine must not decide for the models that most people have
@@ -86,17 +83,18 @@ class Search:
         judged = self.choices.open or self.sensitivity or self.max_drop is not None
         aside = _HELD if self.max_drop is None else _HELD_FOR_LIMIT
         fit, held = split(self.batches, self.seed, aside) if judged else (self.batches, None)
-        needed = self._analytic or self.choices.alphas != (None,)
-        stats = self._statistics(fit) if needed else {}
+        plain = self._observed(self.program, fit)
         allowed = max(_TIMES * (time.monotonic() - start), _LEAST)
         self._deadline = start + (allowed if self.choices.budget is None else self.choices.budget)
         judge = self._judge(held) if held is not None else None
-        best = self._equalized(stats, judge)
+        best = self._rotated(plain, fit, judge)
+        best = self._equalized(best, judge)
+        best = self._divided(best, judge)
         best = self._rounded(best, fit, judge)
         best = self._corrected(best, fit, judge)
         if held is not None and self._analytic:  # ranges also cover what judged
-            stats = _merged(stats, self._statistics(held))
-            best = replace(best, ranges=self._ranges(best.program, best.changes, stats, self.batches))
+            stats = _merged(best.stats, self._statistics(best.observed, held))
+            best = replace(best, ranges=ranges_after(stats, best.changes, self.batches.count))
         plan = self._plan(best) if judge is None else self._limited(best, judge)
         return Found(best.program, best.ranges, replace(plan, decisions=tuple(self.decisions)))
 
@@ -117,13 +115,19 @@ class Search:
         """Whether ranges follow from the extremes of channels, without another pass."""
         return isinstance(self.choices.observer, MinMaxConfig)
 
-    def _statistics(self, batches: Batches) -> dict[str, ChannelStats]:
+    def _statistics(self, program: Program, batches: Batches) -> dict[str, ChannelStats]:
         return channel_statistics(
-            self.program, batches, progress=lambda done: self.notify("calibrate", done, batches.count)
+            program, batches, progress=lambda done: self.notify("calibrate", done, batches.count)
         )
 
+    def _observed(self, program: Program, fit: Batches, turned: frozenset[str] = frozenset()) -> _Candidate:
+        """A program as it is, with what calibration sees in it."""
+        needed = self._analytic or self.choices.alphas != (None,) or self.choices.divide != (False,)
+        stats = self._statistics(program, fit) if needed else {}
+        return _Candidate(program, program, program, self._ranges(program, (), stats), stats, turned)
+
     def _judge(self, held: Batches) -> Judge:
-        steps = len(self.choices.alphas) + len(self.choices.rounding) + len(self.choices.correct_bias) - 2
+        steps = sum(len(one) - 1 for one in self.choices.methods) + 1
         done = iter(range(1, 1000))
         self.notify("search", 0, steps)
         return Judge(
@@ -131,36 +135,74 @@ class Search:
             seen=lambda: self.notify("search", min(next(done), steps), steps),
         )  # fmt: skip
 
-    def _equalized(self, stats: Mapping[str, ChannelStats], judge: Judge | None) -> _Candidate:
-        groups = find_groups(self.program) if self.choices.alphas != (None,) else ()
+    def _rotated(self, plain: _Candidate, fit: Batches, judge: Judge | None) -> _Candidate:
+        """The program with its streams and heads turned; as it is where none can be."""
+        if self.choices.rotate == (False,):
+            return plain
+        turned = rotate(self.program, self.seed)
+        if turned.program is self.program:
+            return plain
+
+        def make() -> _Candidate:
+            return self._observed(turned.program, fit, turned.norms)
+
+        options = [("on" if on else "off", make if on else lambda: plain) for on in self.choices.rotate]
+        return self._best("rotate", options, judge)
+
+    def _equalized(self, best: _Candidate, judge: Judge | None) -> _Candidate:
+        groups: list[ChannelGroup] = []
+        if self.choices.alphas != (None,):
+            every = (g for g in find_groups(best.observed) if g.source not in best.turned)
+            groups = [g for g in every if _well_seen(g, best.stats)]
         candidates = [
-            (f"alpha {alpha:g}" if alpha is not None else "off", self._with_alpha(groups, stats, alpha))
+            (f"alpha {alpha:g}" if alpha is not None else "off", self._with_alpha(groups, best, alpha))
             for alpha in self.choices.alphas
         ]
         return self._best("equalize", candidates, judge)
 
     def _with_alpha(
-        self, groups: Sequence[ChannelGroup], stats: Mapping[str, ChannelStats], alpha: float | None
+        self, groups: Sequence[ChannelGroup], best: _Candidate, alpha: float | None
     ) -> Callable[[], _Candidate]:
         def make() -> _Candidate:
-            changes = (
-                () if alpha is None else tuple(equalization(self.program, g, stats, alpha) for g in groups)
+            if alpha is None:
+                return best
+            turned = best.observed is not self.program
+            changes = tuple(equalization(best.observed, g, best.stats, alpha, by_head=turned) for g in groups)
+            program = equalize(best.observed, changes)
+            ranges = self._ranges(program, changes, best.stats)
+            return replace(
+                best, program=program, unrounded=program, ranges=ranges, changes=changes, score=None
             )
-            program = equalize(self.program, changes) if changes else self.program
-            return _Candidate(program, program, self._ranges(program, changes, stats, self.batches), changes)
 
         return make
 
+    def _divided(self, best: _Candidate, judge: Judge | None) -> _Candidate:
+        """Outliers that nothing can take are divided by an operator, if that is worth one."""
+        if self.choices.divide == (False,):
+            return best
+        every = loose(best.observed, find_groups(best.observed))
+        found = (division(best.observed, g, best.stats) for g in every if _well_seen(g, best.stats))
+        divisions = tuple(one for one in found if one is not None)
+        if not divisions:
+            return best
+
+        def make() -> _Candidate:
+            changes = (*best.changes, *divisions)
+            program = equalize(best.program, divisions)
+            ranges = self._ranges(program, changes, best.stats)
+            return replace(
+                best, program=program, unrounded=program, ranges=ranges, changes=changes, score=None
+            )
+
+        options = [("on" if on else "off", make if on else lambda: best) for on in self.choices.divide]
+        return self._best("divide outliers", options, judge, margin=_WORTH)
+
     def _ranges(
-        self,
-        program: Program,
-        changes: Sequence[Equalization],
-        stats: Mapping[str, ChannelStats],
-        batches: Batches,
+        self, program: Program, changes: Sequence[Equalization], stats: Mapping[str, ChannelStats]
     ) -> Ranges:
         if not self._analytic:
-            return calibrate(program, batches, self.choices.observer)
-        return ranges_after(stats, changes, batches.count)
+            return calibrate(program, self.batches, self.choices.observer)
+        return ranges_after(stats, changes, self.batches.count)
 
     def _rounded(self, best: _Candidate, fit: Batches, judge: Judge | None) -> _Candidate:
         def make() -> _Candidate:
@@ -198,9 +240,11 @@ class Search:
         choice: str,
         options: Sequence[tuple[str, Callable[[], _Candidate]]],
         judge: Judge | None,
+        margin: float = 0.0,
     ) -> _Candidate:
         """The option whose network answers most like the float one; a tie keeps the earlier.
 
+        margin: dB that a later option must gain on the first.
         Memory: the best network so far and the one being tried.
         """
         if len(options) == 1:
@@ -217,7 +261,7 @@ class Search:
                 continue
             made = make()
             score = made.score or judge.score(made.program, self._plan(made))
-            if best is None or score.sqnr_db > tried[top][1].sqnr_db:
+            if best is None or score.sqnr_db > tried[top][1].sqnr_db + (0.0 if top else margin):
                 best, top = replace(made, score=score), len(tried)
             tried.append((name, score))
             del made
@@ -229,11 +273,16 @@ class Search:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Candidate:
-    """program: with all changes so far; unrounded: without rounding and bias correction."""
+    """program: with all changes so far; unrounded: without rounding and bias correction; observed: as `stats`
+    (of the images that calibrate) are of, before `changes`. turned: nodes of norms over turned streams.
+    """
 
     program: Program
     unrounded: Program
+    observed: Program
     ranges: Ranges
+    stats: Mapping[str, ChannelStats]
+    turned: frozenset[str] = frozenset()
     changes: tuple[Equalization, ...] = ()
     score: Score | None = None
 
@@ -254,9 +303,15 @@ def ranges_after(stats: Mapping[str, ChannelStats], changes: Sequence[Equalizati
     for name, seen in stats.items():
         low, high = torch.as_tensor(seen.low), torch.as_tensor(seen.high)
         if name in by_layer:
-            low, high = (HEADROOM * end for end in by_layer[name].applied(name, low, high))
+            change = by_layer[name]
+            low, high = (change.headroom * end for end in change.applied(name, low, high))
         inputs[name] = Range(float(low.min()), float(high.max()))
     return Ranges(MinMaxConfig.method, images, inputs)
+
+
+def _well_seen(group: ChannelGroup, stats: Mapping[str, ChannelStats]) -> bool:
+    """Whether extremes of single channels mean something: a class token alone says little of each."""
+    return all(stats[consumer.layer.name].rows >= _ROWS for consumer in group.consumers)
 
 
 def _merged(one: Mapping[str, ChannelStats], other: Mapping[str, ChannelStats]) -> dict[str, ChannelStats]:

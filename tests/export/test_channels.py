@@ -10,8 +10,8 @@ from contracts.families import FAMILIES, images
 from contracts.small import loaded, small_vit
 from vit_export.artifacts import Program
 from vit_export.calibration.collect import channel_statistics
-from vit_export.export.channels import find_groups
-from vit_export.export.equalize import equalization, equalize
+from vit_export.export.channels import find_groups, loose
+from vit_export.export.equalize import division, equalization, equalize
 from vit_export.export.program import relative_difference, trace
 
 
@@ -51,6 +51,29 @@ def test_equalising_narrows_a_planted_outlier() -> None:
     peaks = [s["blocks.0.attn.qkv"].abs_max() for s in (before, channel_statistics(changed, pictures))]
     spread = [float(peak.max() / peak.mean()) for peak in peaks]
     assert spread[0] > 20 and spread[1] < spread[0] / 3
+
+
+@pytest.mark.parametrize("family", ["timm vit", "hf pvt", "timm swin", "timm eva02"])
+def test_dividing_outliers_changes_no_answer(family: str) -> None:
+    """The inputs that no norm and no linear makes, divided in front of the linears that read them."""
+    program = trace(FAMILIES[family].load())
+    seen = channel_statistics(program, [images(program.image_size, 8, seed=1).numpy()])
+    free = loose(program, find_groups(program))
+    found = [one for group in free if (one := division(program, group, seen)) is not None]
+    fresh = images(program.image_size, 2, seed=2)
+    with torch.inference_mode():
+        assert relative_difference(program.graph(fresh), equalize(program, found).graph(fresh)) < 1e-5
+    assert not {c.layer.name for g in free for c in g.consumers} & _readers(program)
+
+
+def test_turned_heads_share_a_factor() -> None:
+    """One factor a head and no shift: what rotation mixed stays mixed."""
+    program = trace(small_vit())
+    seen = channel_statistics(program, [images((32, 32), 8).numpy()])
+    group = next(g for g in find_groups(program) if g.heads)
+    found = equalization(program, group, seen, 0.5, by_head=True)
+    assert len(group.heads) == 3 and not found.shift.any() and found.headroom == 1.0
+    assert [len(found.scale[head].unique()) for head in group.heads] == [1, 1, 1]
 
 
 class _Leaky(nn.Module):

@@ -75,10 +75,27 @@ def test_search_beats_plain_ranges_on_fresh_images(
 
 def test_every_option_is_listed_and_the_best_is_taken(found: Found) -> None:
     """Each choice has one taken option, that with the highest SQNR among those judged."""
-    for choice, count in (("equalize", len(AUTO.alphas)), ("rounding", 2), ("bias correction", 2)):
+    counts = {"rotate": 2, "equalize": len(AUTO.alphas), "rounding": 2, "bias correction": 2}
+    for choice, count in counts.items():
         rows = [d for d in found.plan.decisions if d.choice == choice]
         (taken,) = (d for d in rows if d.taken)
         assert len(rows) == count and taken.sqnr_db == max(d.sqnr_db for d in rows if d.sqnr_db is not None)
+
+
+@pytest.mark.parametrize("factor", [1, 30])
+def test_an_operator_must_be_worth_it(images: EvalSet, factor: float) -> None:
+    """A hidden unit thirty times as loud as the others is divided by an operator, for 0.3 dB or more."""
+    model = small_vit()
+    for block in model.module.blocks:  # type: ignore[union-attr]
+        block.mlp.fc1.weight.data[5] *= factor
+        block.mlp.fc2.weight.data[:, 5] /= factor
+    program = trace(model)
+    found = Search(program, Batches(images, 8), Choices(divide=(False, True)), ASYMMETRIC).run()
+    rows = {d.option: d for d in found.plan.decisions if d.choice == "divide outliers"}
+    gain = (rows["on"].sqnr_db or 0) - (rows["off"].sqnr_db or 0) if rows else 0
+    assert gain > 0.3 if factor == 30 else gain < 3
+    added = [len(p.graph.graph.nodes) for p in (program, found.program)]
+    assert (added[1] > added[0]) is (gain > 0.3)
 
 
 def test_the_same_seed_finds_the_same(program: Program, images: EvalSet, found: Found) -> None:
@@ -104,7 +121,8 @@ def test_no_budget_leaves_the_first_option(program: Program, images: EvalSet) ->
     """With no time at all each choice keeps its first option and says that the others were not tried."""
     hasty = Search(program, Batches(images, 8), replace(AUTO, budget=0.0), ASYMMETRIC).run()
     skipped = [d for d in hasty.plan.decisions if d.note]
-    assert len(skipped) == len(AUTO.alphas) - 1 + 2 and not any(d.taken for d in skipped)
+    divided = any(d.choice == "divide outliers" for d in skipped)
+    assert len(skipped) == len(AUTO.alphas) - 1 + 3 + divided and not any(d.taken for d in skipped)
     assert hasty.program is program
 
 
@@ -117,7 +135,7 @@ def test_judges_do_not_calibrate(images: EvalSet) -> None:
 
 
 def _options(**given: Any) -> dict[str, Any]:
-    names = ("equalize", "rounding", "bias_correction", "search_budget")
+    names = ("rotate", "equalize", "divide_outliers", "rounding", "bias_correction", "search_budget")
     return {"calib_method": "auto", **dict.fromkeys(names), **given}
 
 
@@ -126,6 +144,11 @@ def test_flags_open_and_close_choices() -> None:
     assert choices(_options()) == AUTO
     assert choices(_options(calib_method="minmax")) == Choices()
     assert choices(_options(equalize="0.4")).alphas == (0.4,)
+    assert choices(_options(rotate="off", divide_outliers="on")).methods[::2] == (
+        (False,),
+        (True,),
+        (False, True),
+    )
     assert choices(_options(calib_method="mse", rounding="gptq")).rounding == ("gptq",)
     assert choices(_options(search_budget=0.5)).budget == 30
     for wrong in ({"equalize": "2"}, {"equalize": "much"}, {"rounding": "up"}, {"calib_method": "best"}):
