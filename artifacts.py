@@ -31,6 +31,7 @@ Pixels = npt.NDArray[np.uint8]  # [N, H, W, 3]
 Images = npt.NDArray[np.float32]  # [N, 3, H, W]
 Logits = npt.NDArray[np.float32]  # [N, K]; embeddings for a model without a classifier
 Labels = npt.NDArray[np.int64]  # [N]
+WeightsOnly = Literal["int8", "int4"]  # quantising weights alone
 
 
 class Precision(StrEnum):
@@ -155,8 +156,8 @@ class Program:
     layers: what can be quantised, in execution order.
     attention_macs: MACs of one image in products of two activations.
     source: the model as traced, before any rewrite of ours; what the baseline runs.
-    weight_scales: by weight name, the float32 [out] scale whose multiples a weight was rounded to; other
-    weights are rounded to the nearest multiple of max|row| / 127 when they are quantised.
+    weight_scales: by weight name, the float32 [out] (or [out, groups]) scale whose multiples a weight was
+    rounded to; other weights are rounded to the nearest multiple when they are quantised.
     """
 
     graph: GraphModule
@@ -197,12 +198,16 @@ class Ranges:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What happens to one layer: quantised with this input range, or kept float for this reason."""
+    """What happens to one layer: quantised with this input range, or kept float for this reason.
+
+    group: neighbouring input columns of the weight that share a scale; 0 for one scale a row.
+    """
 
     name: str
     quantized: bool
     input: Range | None = None
     weight_bits: int = 8
+    group: int = 0
     reason: str = ""
 
 
@@ -240,6 +245,7 @@ class LayerSensitivity:
 class QuantPlan:
     """Target-neutral decisions, saved as plan.json. A TargetProfile turns them into scales.
 
+    weights_only: activations stay float, ranges are not used.
     decisions: how the search came to the network these ranges are of (equalised, rounded, corrected).
     sensitivity: of each layer, where it was measured.
     """
@@ -248,6 +254,7 @@ class QuantPlan:
     seed: int
     images: int
     layers: tuple[LayerPlan, ...]
+    weights_only: bool = False
     decisions: tuple[Decision, ...] = ()
     sensitivity: tuple[LayerSensitivity, ...] = ()
     schema: str = "vit-export.plan/1"

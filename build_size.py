@@ -97,8 +97,8 @@ def calibrated(
     step = _BATCH if program.dynamic_batch else program.batch_size
     found = Search(
         program, Batches(images, step), job.choices, profile,
-        keep_float=job.keep_float, max_drop=job.max_drop, sensitivity=job.sensitivity, seed=job.seed,
-        embeddings=embeddings, notify=notify,
+        keep_float=job.keep_float, max_drop=job.max_drop, weights=job.weights,
+        sensitivity=job.sensitivity, seed=job.seed, embeddings=embeddings, notify=notify,
     ).run()  # fmt: skip
     save_plan(found.plan, path)
     return Calibrated(images, found.ranges, found.plan, found.program)
@@ -136,6 +136,7 @@ def calibrated_once(
         choices=job.choices,
         keep_float=job.keep_float,
         max_drop=job.max_drop,
+        weights=job.weights or "with activations",
         sensitivity=job.sensitivity,
         seed=job.seed,
         profile=profile if job.judges else "not looked at",

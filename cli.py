@@ -187,10 +187,13 @@ def export(
     throughput: Annotated[
         bool, typer.Option("--throughput", help="images a second over batches 1 to 32 and threads")
     ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="of int8: quantise weights alone, in int8 or int4; not for TensorRT")
+    ] = None,
     coreml_target: Annotated[str | None, typer.Option(help="oldest system: iOS17 or iOS18")] = None,
     coreml_input: Annotated[str | None, typer.Option(help="Core ML input: tensor or image")] = None,
     coreml_activations: Annotated[
-        str | None, typer.Option(help="of Core ML int8: symmetric, asymmetric, float")
+        str | None, typer.Option(help="of Core ML int8: symmetric or asymmetric")
     ] = None,
     palettize: Annotated[int | None, typer.Option(help="4 or 6 bits a Core ML weight")] = None,
     labels: Annotated[Path | None, typer.Option(help="class names, one a line: a Core ML classifier")] = None,

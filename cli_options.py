@@ -22,7 +22,8 @@ METHODS = ("auto", "minmax", "percentile", "mse", "entropy")
 
 # Options that only one target understands, under the names it reads them by.
 TARGET_OPTIONS = (
-    "coreml_target", "coreml_input", "coreml_activations", "palettize", "labels", "author", "license",
+    "weights", "coreml_target", "coreml_input", "coreml_activations", "palettize", "labels", "author",
+    "license",
     "int8_attention", "trt_flavor", "trt_workspace_mib", "trt_optimization_level", "trt_compatibility",
     "trt_dla_core", "trt_version_compatible", "onnx_operators",
     "openvino_precision",
@@ -176,23 +177,28 @@ def targets(names: list[str] | None) -> tuple[str, ...]:
 
 
 def precisions(options: Mapping[str, Any]) -> tuple[Precision, ...]:
-    """The precisions asked for; fp32 without any."""
+    """The precisions asked for; fp32 without any. --weights asks for int8."""
     from vit_export.artifacts import Precision
 
-    return tuple(p for p in Precision if options[p.value]) or (Precision.FP32,)
+    asked = {"int8": bool(options["weights"])}
+    return tuple(p for p in Precision if options[p.value] or asked.get(p)) or (Precision.FP32,)
 
 
 def choices(options: Mapping[str, Any]) -> Choices:
-    """What calibration may choose between: everything with `auto`, else only what a flag opens."""
+    """What calibration may choose between: everything with `auto`, else only what a flag opens.
+
+    What moves outliers from activations into weights is not tried where these alone are quantised.
+    """
     from vit_export.search.choices import ALPHAS, Choices
 
     method, auto = options["calib_method"], options["calib_method"] == "auto"
     given, budget = options.get, options.get("search_budget")
+    both = auto and not given("weights")
     return Choices(
         observer=observer("minmax" if auto else method),
         rotate=_open("--rotate", given("rotate"), auto, (False, True), (False,)),
-        alphas=_open("--equalize", given("equalize"), auto, ALPHAS, (None,)),
-        divide=_open("--divide-outliers", given("divide_outliers"), auto, (False, True), (False,)),
+        alphas=_open("--equalize", given("equalize"), both, ALPHAS, (None,)),
+        divide=_open("--divide-outliers", given("divide_outliers"), both, (False, True), (False,)),
         rounding=_open("--rounding", given("rounding"), auto, ("nearest", "gptq"), ("nearest",)),
         correct_bias=_open("--bias-correction", given("bias_correction"), auto, (False, True), (False,)),
         budget=None if budget is None else 60.0 * budget,

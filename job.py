@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_export.artifacts import EvalSet, Precision, Preprocessing, Size
+from vit_export.artifacts import EvalSet, Precision, Preprocessing, Size, WeightsOnly
 from vit_export.calibration.images import ImageSource, open_images
 from vit_export.data import DIGITS_IMAGES
 from vit_export.errors import InputError, UsageError
@@ -81,6 +81,14 @@ class ExportJob:
         tried = self.choices
         judged = tried.open or True in tried.correct_bias
         return judged or self.sensitivity or self.max_drop is not None
+
+    @property
+    def weights(self) -> WeightsOnly | None:
+        """What of weights alone is quantised (`options["weights"]`), None with activations."""
+        wanted: WeightsOnly | None = self.options.get("weights")
+        if wanted not in (None, "int8", "int4"):
+            raise UsageError(f"unknown --weights {wanted!r}", "int8 or int4")
+        return wanted
 
     @property
     def limits(self) -> Limits:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from vit_export.artifacts import (
     BuiltArtifact,
@@ -19,19 +18,18 @@ from vit_export.artifacts import (
     Program,
     QuantPlan,
     Runnable,
-    TargetProfile,
 )
 from vit_export.attention_job import AttentionJob
+from vit_export.blame_size import Blame
 from vit_export.build_size import Calibrated, Samples, SizeBuilder, Tuned, calibrated_once, judging_profile
 from vit_export.calibration.checks import inspect
-from vit_export.calibration.preprocess import Batches, batches
-from vit_export.errors import ParityError
-from vit_export.export.fake_quant import fake_quantized
+from vit_export.calibration.preprocess import batches
+from vit_export.check_size import SizeChecker
 from vit_export.export.half_range import half_overflows, overflow_words
-from vit_export.export.program import PARITY, save_baseline, trace
-from vit_export.export.quantize import quantize
+from vit_export.export.program import save_baseline, trace
 from vit_export.export.target import Target
 from vit_export.job import ExportJob, ImageSources, first_images, synthetic_pixels
+from vit_export.kept_cost import KeptCost
 from vit_export.report_extras import attention_of, record_histograms
 from vit_export.runtime.accuracy import compare, predictions, score
 from vit_export.runtime.bundle import SizeImages
@@ -39,16 +37,15 @@ from vit_export.runtime.inference import Prediction
 from vit_export.runtime.latency import Timings, alternate
 from vit_export.runtime.profiles import profiled
 from vit_export.runtime.protocol import ProgressCallback
-from vit_export.runtime.report_schema import Baseline, PackedIds, Result, StageLoss
+from vit_export.runtime.report_schema import Baseline, PackedIds, Result
 from vit_export.runtime.throughput import measured
 from vit_export.runtime.verdict import judged
-from vit_export.search.judge import run as run_batches
 from vit_export.stage_keys import digest, key, program_digest
-from vit_export.stages import Stages, failure
+from vit_export.stages import Stages
 from vit_export.tuning import Tuner
 
 _HALF_IMAGES = 8  # images on which an overflow of float16 is looked for
-_BLAME_IMAGES = 32  # images on which losses are split by stage
+_TUNE_IMAGES = 32  # images on which tuned artifacts must keep their answers
 BASELINE = "pytorch"
 
 
@@ -91,9 +88,8 @@ class OneSize:
     stages: Stages
     timed: bool = True
     digest: str = ""  # of the program, once traced
-    calibration: str = ""  # its digest, once calibrated
     traced: Program | None = None
-    outputs: dict[str, Logits] = dataclasses.field(default_factory=dict)
+    native: LoadedModel | None = None  # the model as it was loaded
     tuned: Mapping[tuple[str, Precision], Tuned] = dataclasses.field(default_factory=dict)
 
     def run(self) -> Outcome:
@@ -102,21 +98,24 @@ class OneSize:
         evaluation = self.pixels("eval")
         shown = next(iter(evaluation.parts), evaluation)  # what is at hand of images in parts
         calibration = self.calibrate(program)
-        calib, plan = (calibration.images, calibration.plan) if calibration else (None, None)
+        calib = calibration.images if calibration else None
         doubts = inspect(calib, shown if self.sources.evaluation else None) if calib else ()
         doubts += self._overflows(program, calib or shown)
         baseline = self.baseline(program)
-        reference = self._predict(BASELINE, baseline, evaluation, program)
+        reference = self._predict(BASELINE, baseline, evaluation)
         if calibration is not None:
             self._record(calibration)
         builder = self.builder(program, calibration, shown)
         if self.job.tune is not None:
             builder = self._tuned(builder, shown, reference.logits, self.job.tune)
         built = list(builder.build_all())
-        prepared = calibration.program if calibration else program
-        results = [self._check(prepared, plan, item, reference.logits, evaluation) for item in built]
-        timings = self._time(baseline, built, results, evaluation)
+        checker = self._checker(calibration, evaluation, reference.logits)
+        results = [checker.check(item) for item in built]
+        cost = KeptCost(calibration) if calibration else None
+        twins = self._twins(cost, builder, built, results) if cost else {}
+        timings = self._time(baseline, built, results, evaluation, twins)
         results = [timed(result, timings) for result in results]
+        results = [cost.told(result, timings) for result in results] if cost else results
         results = [
             self._profiled(result, item, reference.logits, evaluation)
             for result, item in zip(results, built, strict=True)
@@ -156,8 +155,8 @@ class OneSize:
                 classes=not self._embeddings,
             ),
             tuple(None if isinstance(item, Result) else item[1] for item in built),
-            self.outputs,
-            plan,
+            checker.outputs,
+            calibration.plan if calibration else None,
         )
 
     def trace(self) -> Program:
@@ -209,13 +208,11 @@ class OneSize:
         """Ranges and plan, where int8 is asked for."""
         if Precision.INT8 not in self.job.precisions:
             return None
-        known = calibrated_once(
+        return calibrated_once(
             self.stages, self.job, program, self.digest, self.pixels("calib"),
             judging_profile(self.job, self.targets), self.job.output / self._plan_name,
             self.work / f"calibrated-{self._name}", self.notify, embeddings=self._embeddings,
         )  # fmt: skip
-        self.calibration = known.digest
-        return known
 
     @property
     def _plan_name(self) -> str:
@@ -259,7 +256,22 @@ class OneSize:
         """What the baseline's file holds: torch writes no two alike. Empty for others."""
         return digest([self.digest, self.job.threads]) if runnable.runner == BASELINE else ""
 
-    def _predict(self, name: str, runnable: Runnable, images: EvalSet, program: Program) -> Prediction:
+    def _checker(self, calibration: Calibrated | None, images: EvalSet, reference: Logits) -> SizeChecker:
+        blame = Blame(
+            self.job, self.stages, self.work, self.trace(), self.digest, calibration, images, reference,
+            self._predict, self._embeddings,
+        )  # fmt: skip
+        source = self.sources.evaluation
+        resized = blame.resized(self.native, source) if self.native and source else ()
+        plan = calibration.plan if calibration else None
+        return SizeChecker(
+            self.job, self.stages, plan, images, reference, self._predict, blame, resized, self.tuned,
+            self._embeddings,
+        )  # fmt: skip
+
+    def _predict(self, name: str, runnable: Runnable, images: EvalSet) -> Prediction:
+        """What an artifact of this size says of images."""
+        program = self.trace()
         return self.stages.predict(
             name,
             runnable,
@@ -271,161 +283,32 @@ class OneSize:
             content=self.content(runnable),
         )
 
-    def _check(
+    def _twins(
         self,
-        program: Program,
-        plan: QuantPlan | None,
-        item: tuple[Target, BuiltArtifact] | Result,
-        reference: Logits,
-        images: EvalSet,
-    ) -> Result:
-        """Run one artifact on the evaluation images and compare it with the baseline."""
-        if isinstance(item, Result):
-            return item
-        target, artifact = item
-        result = self._result(target, artifact, plan)
-        try:
-            name = f"{artifact.target} {artifact.precision}"
-            if (reason := target.not_run()) and name not in self.stages.answers:
-                result = msgspec.structs.replace(result, status="not_run", reason=reason)
-                return self._graph_alone(program, plan, target, artifact, reference, images, result)
-            prediction = self._predict(name, target.runnable(artifact, self.job.threads), images, program)
-            self._check_parity(artifact, reference, prediction.logits)
-            accuracy = compare(
-                reference, prediction.logits, images.labels, embeddings=self._embeddings, seed=self.job.seed
-            )
-            self.outputs[result.name] = prediction.logits
-            result = msgspec.structs.replace(
-                result,
-                reason=target.not_timed(),
-                runtime_version=prediction.version,
-                peak_rss_bytes=prediction.peak_rss_bytes,
-                details={**result.details, **prediction.details},
-                stages=self._blame(program, plan, target, artifact, reference, images, prediction.logits)[0],
-            )
-            return result.with_accuracy(
-                accuracy, None if self._embeddings else predictions(prediction.logits)
-            )
-        except Exception as error:  # noqa: BLE001  (`failure` sorts them)
-            return msgspec.structs.replace(result, status="failed", reason=failure(error, self.job.output))
-
-    def _graph_alone(
-        self,
-        program: Program,
-        plan: QuantPlan | None,
-        target: Target,
-        artifact: BuiltArtifact,
-        reference: Logits,
-        images: EvalSet,
-        result: Result,
-    ) -> Result:
-        """What can be said where the runtime is not: the numbers of the graph the artifact is made from."""
-        stages, logits = self._blame(program, plan, target, artifact, reference, images, None)
-        if logits is None:
-            return msgspec.structs.replace(result, stages=stages)
-        before = reference[: len(logits)]
-        self._check_parity(artifact, before, logits)
-        found = compare(before, logits, embeddings=self._embeddings, resamples=1)
-        graph = {
-            "sqnr_db": found.sqnr_db,
-            "agreement": found.agreement,
-            "cosine": found.cosine,
-            "images": len(logits),
-        }
-        quality = "identical" if found.sqnr_db is None else f"{found.sqnr_db:.1f} dB SQNR"
-        note = (
-            f"its graph, run node by node in ONNX Runtime: {quality}, agreement {found.agreement:.3f} "
-            f"with FP32 PyTorch on {len(logits)} images"
-        )
-        return msgspec.structs.replace(
-            result, stages=stages, details={**result.details, "graph": graph}, notes=(note, *result.notes)
-        )
-
-    def _result(self, target: Target, artifact: BuiltArtifact, plan: QuantPlan | None) -> Result:
-        quantised = artifact.precision is Precision.INT8 and plan is not None
-        tuned = self.tuned.get((target.name, artifact.precision), Tuned())
-        return Result(
-            target=artifact.target,
-            precision=artifact.precision,
-            image_size=artifact.image_size,
-            status="ok",
-            artifact=artifact.path.relative_to(self.job.output).as_posix(),
-            bytes=artifact.size_bytes,
-            kept_float=plan.kept_float() if quantised and plan else (),
-            float_fallback_ops=artifact.details.get("float_linears"),
-            tuning=tuned.steps,
-            details={**artifact.details, **({"session": dict(tuned.session)} if tuned.session else {})},
-            notes=target.notes(artifact),
-        )
-
-    def _check_parity(self, artifact: BuiltArtifact, reference: Logits, logits: Logits) -> None:
-        """An fp32 artifact must reproduce the baseline. Raises ParityError with the numbers."""
-        if artifact.precision is not Precision.FP32:
-            return
-        difference = float(np.abs(reference - logits).max() / max(np.abs(reference).max(), 1e-12))
-        if not difference < PARITY:
-            raise ParityError(
-                f"{artifact.target} fp32 differs from PyTorch by {difference:.2e} relative (limit {PARITY:g})"
-            )
-
-    def _blame(
-        self,
-        program: Program,
-        plan: QuantPlan | None,
-        target: Target,
-        artifact: BuiltArtifact,
-        reference: Logits,
-        images: EvalSet,
-        final: Logits | None,
-    ) -> tuple[tuple[StageLoss, ...], Logits | None]:
-        """What quantisation, lowering and the runtime each cost, on the first images.
-
-        Also the outputs of the lowered graph, where the target has one. Nothing for FP32 that was run.
-        """
-        if artifact.precision is Precision.FP32 and final is not None:
-            return (), None
-        few = first_images(images, _BLAME_IMAGES, self.work / f"few-{self._name}.npy")
-        steps: list[tuple[str, Logits]] = []
-        if artifact.precision is Precision.INT8 and plan is not None:
-            profile = target.profile(artifact.precision, {**self.job.options, "opset": self.job.opset})
-            steps.append(("quantize", self._quantized(program, plan, profile, few)))
-        lowered = target.lowered(artifact, self.job.threads, self.work)
-        graph = None
-        if lowered is not None:
-            name = f"{artifact.target} {artifact.precision} unoptimised"
-            graph = self._predict(name, lowered, few, program).logits
-            steps.append(("lower", graph))
-        if final is not None:
-            steps.append(("runtime", final[: few.count]))
-        before, stages = reference[: few.count], []
-        for stage, logits in steps:
-            loss = compare(before, logits, embeddings=self._embeddings, resamples=1)
-            stages.append(StageLoss(stage=stage, sqnr_db=loss.sqnr_db, agreement=loss.agreement))
-            before = logits
-        return tuple(stages), graph
-
-    def _quantized(
-        self, program: Program, plan: QuantPlan, profile: TargetProfile, images: EvalSet
-    ) -> Logits:
-        """What the quantised program says in PyTorch."""
-        decided = key(
-            "quantize", program=self.digest, calibration=self.calibration, plan=plan, profile=profile,
-            images=images.digest,
-        )  # fmt: skip
-        folder = self.work / f"quantized-{decided.digest[:16]}"
-
-        def make(_: Path) -> None:
-            np.save(folder / "logits.npy", _run_in_torch(quantize(program, plan, profile), images))
-
-        self.stages.once("quantized in PyTorch", decided, folder, make)
-        logits: Logits = np.load(folder / "logits.npy", allow_pickle=False)
-        return logits
+        cost: KeptCost,
+        builder: SizeBuilder,
+        built: Sequence[tuple[Target, BuiltArtifact] | Result],
+        results: Sequence[Result],
+    ) -> dict[str, Runnable]:
+        """Of int8 artifacts with layers kept within --max-drop, those without: their times tell the cost."""
+        if not (self.timed and cost.kept):
+            return {}
+        targets = [
+            item[0]
+            for item, result in zip(built, results, strict=True)
+            if not isinstance(item, Result)
+            and item[1].precision is Precision.INT8
+            and result.status == "ok"
+            and not item[0].not_timed()
+        ]
+        folder = self.work / f"all-int8-{self._name}"
+        return dict(cost.twin(builder, target, folder / target.name) for target in targets)
 
     def _tuned(self, builder: SizeBuilder, images: EvalSet, reference: Logits, budget: float) -> SizeBuilder:
         """The builder with what --tune chose. budget: seconds for all sizes."""
         work = self.work / f"tune-{self._name}"
         work.mkdir()
-        few = first_images(images, _BLAME_IMAGES, work / "images.npy")
+        few = first_images(images, _TUNE_IMAGES, work / "images.npy")
         share = budget / max(1, len(self.job.image_sizes))
         tuner = Tuner(builder, few, reference[: few.count], work, share, self.notify)
         self.tuned = tuner.run()
@@ -440,6 +323,7 @@ class OneSize:
         built: Sequence[tuple[Target, BuiltArtifact] | Result],
         results: Sequence[Result],
         images: EvalSet,
+        twins: Mapping[str, Runnable],
     ) -> Timings:
         if not self.timed:
             return Timings({})
@@ -448,7 +332,7 @@ class OneSize:
             if not isinstance(item, Result) and result.status == "ok" and not item[0].not_timed():
                 runnables[result.name] = item[0].runnable(item[1], self.job.threads)
         return alternate(
-            runnables,
+            {**runnables, **twins},
             data=images,
             batch=self.job.batch_size or 1,
             timeout=self.job.timeout,
@@ -503,8 +387,3 @@ def timed(result: Result, timings: Timings) -> Result:
         speedup=timings.median_ratio(BASELINE, result.name),
         speedup_vs_fp16=timings.median_ratio(fp16, result.name) if fp16 in timings.rounds else None,
     )
-
-
-def _run_in_torch(program: Program, images: EvalSet) -> Logits:
-    step = 8 if program.dynamic_batch else program.batch_size
-    return run_batches(program, fake_quantized(program), Batches(images, step))

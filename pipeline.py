@@ -80,7 +80,9 @@ def _run(job: ExportJob, command: str, costs: Costs) -> Report:
         for source in sources.all():
             check_labels(source, model.num_classes)
         outcomes = [
-            OneSize(job, adapt(model, size, job.adapt), targets, sources, work, notify, stages).run()
+            OneSize(
+                job, adapt(model, size, job.adapt), targets, sources, work, notify, stages, native=model
+            ).run()
             for size in job.image_sizes or (model.image_size,)
         ]
         outcomes = shared(job, targets, outcomes, work, notify)

@@ -40,10 +40,22 @@ _DECIDED_BY: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pixels": (("artifacts.py", "calibration"), ("numpy", "pillow")),
     "calibrate": (("artifacts.py", "build_size.py", "calibration", "export", "search"), _TORCH),
     "baseline": (("artifacts.py", "models", "export"), _TORCH),
-    "quantize": (("artifacts.py", "export", "search"), _TORCH),
+    "in torch": (("artifacts.py", "export", "search"), _TORCH),
+    "native": (("artifacts.py", "models", "search"), _LOADERS),
     # a whole task of a sweep: whatever may reach it
     "cell": (
-        ("artifacts.py", "build_size.py", "job.py", "one_size.py", "pipeline.py", "stages.py", *_STAGES),
+        (
+            "artifacts.py",
+            "blame_size.py",
+            "build_size.py",
+            "check_size.py",
+            "job.py",
+            "kept_cost.py",
+            "one_size.py",
+            "pipeline.py",
+            "stages.py",
+            *_STAGES,
+        ),
         PACKAGES,
     ),
     "build": (
@@ -100,10 +112,17 @@ def program_digest(program: Program) -> str:
     facts = (program.layers, program.image_size, program.dynamic_batch, program.batch_size)
     total.update(msgspec.json.encode(facts))
     total.update(str(program.graph.graph).encode())
-    for name, tensor in _tensors(program):
+    total.update(tensors_digest(_tensors(program)).encode())
+    total.update(str(program.source.graph).encode())
+    return total.hexdigest()
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of named tensors, in their order."""
+    total = hashlib.sha256()
+    for name, tensor in tensors:
         total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(_bytes()).numpy().data)
-    total.update(str(program.source.graph).encode())
     return total.hexdigest()
 
 

@@ -33,7 +33,7 @@ from vit_export.artifacts import (
     Precision,
     Preprocessing,
     Program,
-    QuantPlan,
+    Ranges,
 )
 from vit_export.calibration.collect import calibrate
 from vit_export.calibration.images import BadImage, open_images
@@ -67,7 +67,8 @@ ROWS = (
     Row("FP16", FP16, {}),
     Row("FP16, image input", FP16, IMAGE),
     Row("FP16, iOS 17", FP16, {"coreml_target": "iOS17"}),
-    Row("int8 weights", INT8, {"coreml_activations": "float"}),
+    Row("int8 weights", INT8, {"weights": "int8"}),
+    Row("int4 weights", INT8, {"weights": "int4"}),
     Row("W8A8, asymmetric (default)", INT8, {}),
     Row("W8A8, symmetric", INT8, {"coreml_activations": "symmetric"}),
     Row("6-bit palette", FP16, {"palettize": 6}),
@@ -108,11 +109,12 @@ def in_torch(module: torch.nn.Module, images: Images) -> Logits:
     return logits
 
 
-def prepare(model: LoadedModel, plan: QuantPlan, row: Row) -> Program:
+def prepare(model: LoadedModel, ranges: Ranges, row: Row) -> Program:
     """The program of one row, with Q/DQ for int8."""
     program = trace(model)
     if row.precision is not INT8:
         return program
+    plan = make_plan(ranges, program.layers, weights=row.options.get("weights"))
     return quantize(program, plan, TARGET.profile(INT8, row.options))
 
 
@@ -125,7 +127,7 @@ def build(model: LoadedModel, program: Program, row: Row, folder: Path) -> Built
 
 def table(
     model: LoadedModel,
-    plan: QuantPlan,
+    ranges: Ranges,
     images: Images,
     labels: Labels | None,
     rows: Sequence[Row],
@@ -140,7 +142,7 @@ def table(
     yield "|---|---|---|---|---|---|---|---|---|"
     for index, row in enumerate(rows):
         began = time.perf_counter()
-        program = prepare(model, plan, row)
+        program = prepare(model, ranges, row)
         artifact = build(model, program, row, folder / str(index))
         built = time.perf_counter() - began
         with open_runner(TARGET.runnable(artifact, 1)) as runner:
@@ -149,11 +151,7 @@ def table(
             each = (time.perf_counter() - began) / len(images)
         accuracy = compare(reference, logits, labels)
         planned = "-"
-        if (
-            row.precision is INT8
-            and row.options.get("coreml_activations") != "float"
-            and "palettize" not in row.options
-        ):
+        if row.precision is INT8 and "palettize" not in row.options:
             planned = f"{sqnr_db(reference, in_torch(program.graph, images)):.1f}"
         relative = np.abs(reference - logits).max() / np.abs(reference).max()
         details = artifact.details
@@ -167,11 +165,13 @@ def table(
         print(f"{row.name}: built in {built:.0f} s, {each:.2f} s an image", file=sys.stderr)
 
 
-def sizes(model: LoadedModel, plan: QuantPlan, folder: Path) -> Iterator[str]:
+def sizes(model: LoadedModel, ranges: Ranges, folder: Path) -> Iterator[str]:
     """Megabytes of one package for several sizes against one each."""
     for row in (Row("FP16", FP16, IMAGE), Row("W8A8", INT8, IMAGE)):
         models = [adapt(model, size) for size in SIZES]
-        single = [build(m, prepare(m, plan, row), row, folder / f"{row.name}{m.image_size}") for m in models]
+        single = [
+            build(m, prepare(m, ranges, row), row, folder / f"{row.name}{m.image_size}") for m in models
+        ]
         together = TARGET.share(single, folder / row.name)[0].size_bytes
         names = ", ".join(f"{height}x{width}" for height, width in SIZES)
         apart = sum(artifact.size_bytes for artifact in single)
@@ -191,16 +191,16 @@ def main() -> None:
     program = trace(model)
     calibration, _ = read(arguments.photos / "calib", contract)
     batches = (calibration[i : i + 8] for i in range(0, len(calibration), 8))
-    plan = make_plan(calibrate(program, batches, MinMaxConfig()), program.layers)
+    ranges = calibrate(program, batches, MinMaxConfig())
     images, labels = read(arguments.photos / "eval", contract, arguments.every)
     reference = compare(in_torch(model.module, images), in_torch(model.module, images), labels)
     print(f"{len(images)} images, FP32 PyTorch top-1 {reference.top1:.3f}", flush=True)
     rows = [row for row in ROWS if arguments.rows in row.name]
     with tempfile.TemporaryDirectory() as folder:
-        for line in table(model, plan, images, labels, rows, Path(folder)):
+        for line in table(model, ranges, images, labels, rows, Path(folder)):
             print(line, flush=True)
         if not arguments.rows:
-            for line in sizes(model, plan, Path(folder) / "sizes"):
+            for line in sizes(model, ranges, Path(folder) / "sizes"):
                 print(line, flush=True)
 
 

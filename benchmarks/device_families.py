@@ -81,7 +81,7 @@ class Case:
 COREML = (
     Case("FP32", FP32, {}, 1e-5, error=True),
     Case("FP16", FP16, {}, 5e-3, error=True),
-    Case("int8 weights", INT8, {"coreml_activations": "float"}, 30.0),
+    Case("int8 weights", INT8, {"weights": "int8"}, 30.0),
     Case("W8A8", INT8, {}, -1.0, planned=True),
 )
 TENSORRT = (
@@ -134,10 +134,10 @@ def rows(
     program = trace(model)
     reference = in_torch(program.graph, images)
     ranges = calibrate(program, [seen[i : i + 1] for i in range(len(seen))], MinMaxConfig())
-    plan = make_plan(ranges, program.layers)
     for index, case in enumerate(cases):
         source = program
         if case.precision is INT8:
+            plan = make_plan(ranges, program.layers, weights=case.options.get("weights"))
             source = quantize(program, plan, target.profile(INT8, case.options))
         try:
             yield _measured(model, target, case, source, images, seen, reference, folder / str(index))

@@ -3,13 +3,21 @@
     python benchmarks/photos.py PHOTOS
     python benchmarks/dinov2_probe.py dinov2_small.safetensors PHOTOS probe.safetensors
     python benchmarks/int8_peers.py examples/dinov2.py:classifier probe.safetensors PHOTOS \
-        [--size 224] [--only NAME ...] [--modelopt-python PYTHON] [--no-time]
+        [--size 224] [--only NAME ...] [--nncf-python PYTHON] [--modelopt-python PYTHON] [--no-time]
+        [--keep FOLDER]
 
 Each method quantises in a process of its own (seconds and peak memory are its own, from the loaded float
 model to the saved artifact, images included), then every artifact runs on all evaluation images and is
-timed in alternating rounds (runtime/latency.py). ModelOpt runs under --modelopt-python, which needs
-nvidia-modelopt[onnx] and vit-export; without it its row says so. Symmetric rows have no runtime here: they
-are the quantised program in PyTorch.
+timed in alternating rounds (runtime/latency.py). NNCF and ModelOpt want other versions of onnx and its
+kin than vit-export does, so each has an environment of its own; without one its row says so:
+
+    python -m venv nncf && nncf/bin/pip install nncf==3.4.0 openvino==2026.4.1 onnx onnxruntime msgspec pillow
+    python -m venv modelopt && modelopt/bin/pip install 'nvidia-modelopt[onnx]==0.47.0' msgspec pillow
+    nncf/bin/pip install --no-deps -e . && modelopt/bin/pip install --no-deps -e .
+    python benchmarks/int8_peers.py ... --nncf-python nncf/bin/python --modelopt-python modelopt/bin/python
+
+Symmetric rows have no runtime here: they are the quantised program in PyTorch. `ours weights` rows quantise
+weights alone (--weights), with GPTQ where it is better.
 """
 
 from __future__ import annotations
@@ -27,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_export.artifacts import EvalSet, Images, Preprocessing, Runnable
+from vit_export.artifacts import EvalSet, Images, Logits, Preprocessing, Runnable, WeightsOnly
 
 HERE = Path(__file__)
 PEER_OPSET = 20
@@ -41,6 +49,10 @@ class Work:
     model: str
     checkpoint: Path
     size: int
+
+    @property
+    def embeddings(self) -> bool:
+        return self.model.endswith("backbone")
 
     def images(self, name: str = "calib") -> EvalSet:
         contract = Preprocessing((self.size, self.size))
@@ -61,21 +73,23 @@ class Work:
         return trace(adapt(model, (self.size, self.size), AdaptConfig()))
 
 
-def _ours(target: str, choices: str) -> Callable[[Work, Path], float]:
+def _ours(target: str, choices: str, weights: WeightsOnly | None = None) -> Callable[[Work, Path], float]:
     def make(work: Work, out: Path) -> float:
         from vit_export.artifacts import BuildRequest, Precision
         from vit_export.calibration.preprocess import Batches
+        from vit_export.cli_options import choices as chosen
         from vit_export.export.quantize import quantize
         from vit_export.export.targets import target_named
-        from vit_export.search.choices import AUTO, Choices
         from vit_export.search.search import Search
 
         program, builder = work.program(), target_named(target)
-        profile = builder.profile(Precision.INT8, {})
+        options = {"weights": weights}
+        profile = builder.profile(Precision.INT8, options)
         start = time.perf_counter()
-        wanted = AUTO if choices == "auto" else Choices()
-        embeddings = work.model.endswith("backbone")
-        found = Search(program, Batches(work.images(), 8), wanted, profile, embeddings=embeddings).run()
+        wanted = chosen({"calib_method": choices, **options})
+        found = Search(
+            program, Batches(work.images(), 8), wanted, profile, embeddings=work.embeddings, weights=weights
+        ).run()
         quantized = quantize(found.program, found.plan, profile)
         seconds = time.perf_counter() - start
         for decision in found.plan.decisions:
@@ -88,7 +102,8 @@ def _ours(target: str, choices: str) -> Callable[[Work, Path], float]:
                 out / "eval.npy", run(quantized, fake_quantized(quantized), Batches(work.images("eval"), 8))
             )
         else:
-            builder.build(quantized, BuildRequest(Precision.INT8, out, Preprocessing(program.image_size)))
+            contract = Preprocessing(program.image_size)
+            builder.build(quantized, BuildRequest(Precision.INT8, out, contract, options=options))
         return seconds
 
     return make
@@ -180,9 +195,13 @@ METHODS: Mapping[str, tuple[str, Callable[[Work, Path], float]]] = {
     "ours auto, ONNX Runtime": ("onnx", _ours("onnx", "auto")),
     "ours auto, OpenVINO": ("openvino", _ours("openvino", "auto")),
     "ours auto, symmetric": ("numpy", _ours("tensorrt", "auto")),
-    "ours plain, ONNX Runtime": ("onnx", _ours("onnx", "plain")),
-    "ours plain, OpenVINO": ("openvino", _ours("openvino", "plain")),
-    "ours plain, symmetric": ("numpy", _ours("tensorrt", "plain")),
+    "ours plain, ONNX Runtime": ("onnx", _ours("onnx", "minmax")),
+    "ours plain, OpenVINO": ("openvino", _ours("openvino", "minmax")),
+    "ours plain, symmetric": ("numpy", _ours("tensorrt", "minmax")),
+    "ours weights int8, ONNX Runtime": ("onnx", _ours("onnx", "auto", "int8")),
+    "ours weights int8, OpenVINO": ("openvino", _ours("openvino", "auto", "int8")),
+    "ours weights int4, ONNX Runtime": ("onnx", _ours("onnx", "auto", "int4")),
+    "ours weights int4, OpenVINO": ("openvino", _ours("openvino", "auto", "int4")),
     "ORT static, defaults": ("onnx", _ort),
     "ORT static, per-channel weight MatMuls": ("onnx", _ort_matmuls),
     "NNCF, OpenVINO": ("openvino", _nncf_openvino),
@@ -192,17 +211,17 @@ METHODS: Mapping[str, tuple[str, Callable[[Work, Path], float]]] = {
 
 
 def make(work: Work, name: str) -> None:
-    """In a child: quantise by one method; prints a JSON line with its seconds and peak memory."""
+    """In a child: quantise by one method; made.json has its seconds and peak memory."""
     out = work.folder / name
     out.mkdir(exist_ok=True)
     seconds = METHODS[name][1](work, out)
     status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's across fork and exec
     peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-    print(json.dumps({"seconds": round(seconds, 1), "peak_mib": round(peak)}))
+    (out / "made.json").write_text(json.dumps({"seconds": round(seconds, 1), "peak_mib": round(peak)}))
 
 
-def prepare(work: Work, photos: Path) -> tuple[EvalSet, EvalSet]:
-    """Preprocessed images, the float ONNX file that peers start from, and the float baseline."""
+def prepare(work: Work, photos: Path) -> EvalSet:
+    """Preprocessed images (those to judge on are returned), the float ONNX file and the float baseline."""
     from vit_export.artifacts import TargetProfile
     from vit_export.calibration.images import open_images
     from vit_export.calibration.preprocess import write_pixels
@@ -210,84 +229,105 @@ def prepare(work: Work, photos: Path) -> tuple[EvalSet, EvalSet]:
     from vit_export.export.program import save_baseline
 
     contract = Preprocessing((work.size, work.size))
-    calib = write_pixels(open_images(photos / "calib"), contract, work.folder / "calib.npy")
+    write_pixels(open_images(photos / "calib"), contract, work.folder / "calib.npy")
     judged = write_pixels(open_images(photos / "eval"), contract, work.folder / "eval.npy")
-    program = work.program()
-    save(to_onnx(program, TargetProfile("asymmetric", PEER_OPSET, "decomposed")), work.folder / "float.onnx")
-    save_baseline(program, work.folder / "float.pt2")
-    return calib, judged
+    if not (work.folder / "float.pt2").exists():
+        program = work.program()
+        profile = TargetProfile("asymmetric", PEER_OPSET, "decomposed")
+        save(to_onnx(program, profile), work.folder / "float.onnx")
+        save_baseline(program, work.folder / "float.pt2")
+    return judged
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Everything; prints a Markdown table."""
-    from vit_export.runtime.accuracy import compare
-    from vit_export.runtime.inference import predict
+    """Everything; prints a Markdown table. speed: against ONNX Runtime FP32, in alternating rounds."""
     from vit_export.runtime.latency import alternate
 
-    with tempfile.TemporaryDirectory() as folder:
-        work = Work(Path(folder), arguments.model, arguments.checkpoint, arguments.size)
-        _, judged = prepare(work, arguments.photos)
-        embeddings = arguments.model.endswith("backbone")
-        baseline = {"PyTorch FP32": Runnable("pytorch", work.folder / "float.pt2", arguments.threads)}
-        baseline["ONNX Runtime FP32"] = Runnable("onnx", work.folder / "float.onnx", arguments.threads)
-        reference = predict(baseline["PyTorch FP32"], judged, work.folder / "reference.npy", batch=8).logits
-        facts: dict[str, dict[str, Any]] = {}
-        opened = dict(baseline)
-        for name, (runner, _) in METHODS.items():
-            if arguments.only and name not in arguments.only:
-                continue
-            facts[name] = _child(arguments, work, name)
-            if "failed" in facts[name]:
-                continue
-            path = work.folder / name
-            if runner == "numpy":
-                logits = np.load(path / "eval.npy")
-            else:
-                suffix = ".xml" if runner == "openvino" else ".onnx"
-                opened[name] = Runnable(runner, path / f"model{suffix}", arguments.threads)
-                logits = predict(opened[name], judged, path / "eval.npy", batch=8).logits
-            found = compare(reference, logits, judged.labels, embeddings=embeddings)
-            facts[name] |= {
-                "sqnr": found.sqnr_db,
-                "agreement": found.agreement,
-                "kl": found.kl,
-                "top1": found.top1,
-            }
-            print(f"  {name}: {facts[name]}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        work = Work(folder, arguments.model, arguments.checkpoint, arguments.size)
+        judged = prepare(work, arguments.photos)
+        baseline = {"PyTorch FP32": Runnable("pytorch", folder / "float.pt2", arguments.threads)}
+        baseline["ONNX Runtime FP32"] = Runnable("onnx", folder / "float.onnx", arguments.threads)
+        reference = _answers(baseline["PyTorch FP32"], judged, folder / "reference.npy")
+        wanted = [name for name in METHODS if not arguments.only or name in arguments.only]
+        facts = {name: _judged(arguments, work, name, judged, reference) for name in wanted}
+        made = {n: _runnable(work, n, arguments.threads) for n in wanted if "failed" not in facts[n]}
+        opened = baseline | {name: runnable for name, runnable in made.items() if runnable is not None}
         timings = None if arguments.no_time else alternate(opened, data=judged)
         print(f"{judged.count} evaluation and {work.images().count} calibration images\n")
-        print("| artifact | SQNR dB | agreement | KL | top-1 | speed against ORT FP32 | seconds | peak MiB |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| artifact | SQNR dB | agreement | KL | top-1 | MB | speed | seconds | peak MiB |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for name in (*baseline, *facts):
-            row = facts.get(name, {})
-            speed = None
+            row = dict(facts.get(name, {}))
             if timings is not None and name in timings.rounds:
-                speed = timings.median_ratio("ONNX Runtime FP32", name)
-            cells = [_cell(row.get(k), d) for k, d in (("sqnr", 1), ("agreement", 3), ("kl", 4), ("top1", 3))]
-            cells += [_cell(speed, 2), _cell(row.get("seconds"), 1), _cell(row.get("peak_mib"), 0)]
-            print(f"| {name} | {row['failed'] if 'failed' in row else ' | '.join(cells)} |")
+                row["speed"] = timings.median_ratio("ONNX Runtime FP32", name)
+            print(f"| {name} | {row['failed'] if 'failed' in row else _cells(row)} |")
+
+
+def _judged(
+    arguments: argparse.Namespace, work: Work, name: str, judged: EvalSet, reference: Logits
+) -> dict[str, Any]:
+    """What one method costs and gives; found again with --keep."""
+    from vit_export.runtime.accuracy import compare
+
+    known = work.folder / name / "facts.json"
+    if known.exists():
+        found: dict[str, Any] = json.loads(known.read_text())
+        return found
+    facts = _child(arguments, work, name)
+    if "failed" in facts:
+        return facts
+    runnable = _runnable(work, name, arguments.threads)
+    answers = known.with_name("eval.npy")
+    logits = np.load(answers) if runnable is None else _answers(runnable, judged, answers)
+    seen = compare(reference, logits, judged.labels, embeddings=work.embeddings)
+    size = sum(file.stat().st_size for file in known.parent.glob("model.*")) / 1e6
+    facts |= {"sqnr": seen.sqnr_db, "agreement": seen.agreement, "kl": seen.kl, "top1": seen.top1}
+    facts |= {"mb": size or None}
+    known.write_text(json.dumps(facts))
+    print(f"  {name}: {facts}", file=sys.stderr, flush=True)
+    return facts
+
+
+def _answers(runnable: Runnable, images: EvalSet, path: Path) -> Logits:
+    from vit_export.runtime.inference import predict
+
+    if path.exists():
+        known: Logits = np.load(path)
+        return known
+    return predict(runnable, images, path, batch=8).logits
+
+
+def _runnable(work: Work, name: str, threads: int) -> Runnable | None:
+    """How a method's artifact is opened; None for one without a runtime here."""
+    runner = METHODS[name][0]
+    if runner == "numpy":
+        return None
+    suffix = ".xml" if runner == "openvino" else ".onnx"
+    return Runnable(runner, work.folder / name / f"model{suffix}", threads)
+
+
+def _cells(row: Mapping[str, float | None]) -> str:
+    measured = (("sqnr", 1), ("agreement", 3), ("kl", 4), ("top1", 3), ("mb", 1))
+    costs = (("speed", 2), ("seconds", 1), ("peak_mib", 0))
+    return " | ".join(_cell(row.get(key), digits) for key, digits in (*measured, *costs))
 
 
 def _child(arguments: argparse.Namespace, work: Work, name: str) -> dict[str, Any]:
-    python = sys.executable
-    if name.startswith("ModelOpt"):
-        if arguments.modelopt_python is None:
-            return {"failed": "not run: no --modelopt-python"}
-        python = arguments.modelopt_python
-    command = [
-        python,
-        str(HERE),
-        work.model,
-        str(work.checkpoint),
-        str(work.folder),
-        "--size",
-        str(work.size),
-    ]
-    done = subprocess.run([*command, "--make", name], capture_output=True, text=True)
-    sys.stderr.write("".join(line + "\n" for line in done.stderr.splitlines() if line.startswith("  ")))
-    if done.returncode:
-        return {"failed": "failed: " + done.stderr.strip().splitlines()[-1][:200]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    tool = name.split(",")[0].lower()
+    python = getattr(arguments, f"{tool}_python", sys.executable)
+    if python is None:
+        return {"failed": f"not run: no --{tool}-python"}
+    made = work.folder / name / "made.json"
+    if not made.exists():
+        given = [work.model, str(work.checkpoint), str(work.folder), "--size", str(work.size), "--make", name]
+        done = subprocess.run([python, str(HERE), *given], capture_output=True, text=True)
+        sys.stderr.write("".join(line + "\n" for line in done.stderr.splitlines() if line.startswith("  ")))
+        if done.returncode:
+            return {"failed": "failed: " + done.stderr.strip().splitlines()[-1][:200]}
+    found: dict[str, Any] = json.loads(made.read_text())
     return found
 
 
@@ -305,8 +345,12 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--nncf-python")
     parser.add_argument("--modelopt-python")
     parser.add_argument("--no-time", action="store_true")
+    parser.add_argument(
+        "--keep", type=Path, help="folder of artifacts and figures; those there are used again"
+    )
     parser.add_argument("--make", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.make:

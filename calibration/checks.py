@@ -39,15 +39,17 @@ def check_labels(source: ImageSource, num_classes: int) -> None:
 def inspect(calibration: EvalSet, evaluation: EvalSet | None = None) -> tuple[str, ...]:
     """Sentences about what makes calibration or its judgement doubtful; empty when nothing does.
 
-    Few images, images of one colour, channel statistics far from what the contract's mean and std promise,
-    and images (as preprocessed, by hash) that are also evaluated on. Reads the pixels in batches.
+    Few images, images of one colour, images that are there twice, pixels that stop at 1, channel statistics
+    far from what the contract's mean and std promise, and images that are also evaluated on. Images are
+    compared as preprocessed, by hash. Reads the pixels in batches.
     """
     found = []
     if calibration.count < FEW:
         found.append(f"only {calibration.count} calibration images; {FEW} or more give steadier ranges")
-    found += _constant(calibration) + _off_scale(calibration)
+    known = _hashes(calibration)
+    found += _constant(calibration) + _copies(known) + _off_scale(calibration)
     if evaluation is not None:
-        found += _overlap(calibration, evaluation)
+        found += _overlap(set(known), evaluation)
     return tuple(found)
 
 
@@ -60,10 +62,13 @@ def _constant(images: EvalSet) -> list[str]:
 
 def _off_scale(images: EvalSet) -> list[str]:
     """Channel mean and deviation over all pixels, after normalisation, against 0 and 1."""
-    total, squares, pixels = np.zeros(3), np.zeros(3), 0
+    total, squares, pixels, highest = np.zeros(3), np.zeros(3), 0, 0
     for batch in pixel_batches(images, 16):
         values = batch.reshape(-1, 3).astype(np.float64)
         total, squares, pixels = total + values.sum(0), squares + (values**2).sum(0), pixels + len(values)
+        highest = max(highest, int(batch.max()))
+    if highest == 1:
+        return ["calibration pixels are 0 and 1 of 0..255: they were scaled to 0..1 before they were saved"]
     contract = images.preprocessing
     raw = total / pixels
     deviation = np.sqrt(np.maximum(squares / pixels - raw**2, 0)) / 255 / contract.std
@@ -74,8 +79,12 @@ def _off_scale(images: EvalSet) -> list[str]:
     return [f"normalised calibration images have {shown} instead of about 0 and 1: check --mean and --std"]
 
 
-def _overlap(calibration: EvalSet, evaluation: EvalSet) -> list[str]:
-    known = set(_hashes(calibration))
+def _copies(known: list[bytes]) -> list[str]:
+    copies = len(known) - len(set(known))
+    return [f"{copies} of {len(known)} calibration images are copies of others"] if copies else []
+
+
+def _overlap(known: set[bytes], evaluation: EvalSet) -> list[str]:
     shared = sum(digest in known for digest in _hashes(evaluation))
     if not shared:
         return []
@@ -84,11 +93,8 @@ def _overlap(calibration: EvalSet, evaluation: EvalSet) -> list[str]:
     ]
 
 
-def _hashes(images: EvalSet, unique: bool = True) -> set[bytes] | list[bytes]:
-    digests = [
-        blake2b(row.tobytes(), digest_size=16).digest() for b in pixel_batches(images, 16) for row in b
-    ]
-    return set(digests) if unique else digests
+def _hashes(images: EvalSet) -> list[bytes]:
+    return [blake2b(row.tobytes(), digest_size=16).digest() for b in pixel_batches(images, 16) for row in b]
 
 
 def _numbers(values: np.ndarray) -> str:

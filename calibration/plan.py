@@ -11,19 +11,27 @@ from pathlib import Path
 
 import msgspec
 
-from vit_export.artifacts import Layer, LayerPlan, QuantPlan, Ranges
+from vit_export.artifacts import Layer, LayerPlan, QuantPlan, Ranges, WeightsOnly
 from vit_export.errors import InputError, UsageError
 
 SCHEMA = "vit-export.plan/1"
 MAX_BYTES = 64 << 20
+GROUP = 32  # columns that share a scale of four-bit weights: the least that runtimes take alike
 
 
 def plan(
-    ranges: Ranges, layers: Sequence[Layer], *, keep_float: Sequence[str] = (), seed: int = 0
+    ranges: Ranges,
+    layers: Sequence[Layer],
+    *,
+    keep_float: Sequence[str] = (),
+    seed: int = 0,
+    weights: WeightsOnly | None = None,
 ) -> QuantPlan:
     """Every linear and convolution in int8 with its observed range, except those a pattern keeps float.
 
     keep_float: shell patterns over layer names; `*` also crosses dots (`blocks.0.*`, `*.mlp.fc2`, `head`).
+    weights: quantise these alone; `int4` gives linears four bits in groups of GROUP columns, and eight to
+    those whose columns no such groups divide.
     Raises UsageError for a pattern that matches no layer, InputError for a layer without a range.
     """
     names = [layer.name for layer in layers]
@@ -35,14 +43,17 @@ def plan(
         raise InputError(
             f"no range for {', '.join(missing[:3])}", "the ranges are of another model; calibrate again"
         )
-    decided = tuple(_decide(name, ranges, keep_float) for name in names)
-    return QuantPlan(ranges.method, seed, ranges.images, decided)
+    decided = tuple(_decide(layer, ranges, keep_float, weights == "int4") for layer in layers)
+    return QuantPlan(ranges.method, seed, ranges.images, decided, weights_only=weights is not None)
 
 
-def _decide(name: str, ranges: Ranges, keep_float: Sequence[str]) -> LayerPlan:
+def _decide(layer: Layer, ranges: Ranges, keep_float: Sequence[str], four: bool) -> LayerPlan:
+    name = layer.name
     for pattern in keep_float:
         if fnmatchcase(name, pattern):
             return LayerPlan(name, False, ranges.inputs[name], reason=f"--keep-float {pattern}")
+    if four and layer.kind == "linear" and layer.shape[1] % GROUP == 0:
+        return LayerPlan(name, True, ranges.inputs[name], weight_bits=4, group=GROUP)
     return LayerPlan(name, True, ranges.inputs[name])
 
 
@@ -91,12 +102,14 @@ def _problem(plan: QuantPlan) -> str:
         if layer.name in seen:
             return f"{layer.name} is there twice"
         seen.add(layer.name)
-        if layer.quantized and layer.input is None:
+        if layer.quantized and layer.input is None and not plan.weights_only:
             return f"{layer.name} is quantised but has no input range"
         if layer.input and not -math.inf < layer.input.low <= layer.input.high < math.inf:
             return f"{layer.name} has the range {layer.input.low} to {layer.input.high}"
         if not 2 <= layer.weight_bits <= 8:
             return f"{layer.name} has {layer.weight_bits} weight bits"
+        if layer.group < 0:
+            return f"{layer.name} has groups of {layer.group} columns"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Palettes for weights, and the count of what a saved package really compresses.
+"""Palettes and four-bit blocks for weights, and the count of what a saved package really compresses.
 
 Only weights of linears and convolutions are compressed, each named to coremltools: a configuration for a
 whole model would also take the position table and Swin's bias tables, which is where accuracy goes.
@@ -7,13 +7,14 @@ whole model would also take the position table and Swin's bias tables, which is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vit_export.export.coreml_options import CoreMLOptions
 
 GROUP = 32  # output channels that share a palette, iOS 18
+BLOCK = 32  # columns that share a scale of four-bit weights
 HALF = "_to_fp16"  # what MIL adds to the name of a constant it makes fp16
 SMALLEST = 2048  # elements; below, a palette or scales save nothing (coremltools' own threshold)
 _FLOATS = (10, 11)  # MIL.proto: FLOAT16, FLOAT32
@@ -56,6 +57,22 @@ def palettes(weights: Mapping[str, int], options: CoreMLOptions) -> Any:
         op_name_configs={
             name + suffix: config(channels) for name, channels in weights.items() for suffix in ("", HALF)
         }
+    )
+
+
+def blocks(weights: Iterable[str]) -> Any:
+    """coremltools' configuration that stores these weights in four bits, a scale for every BLOCK columns.
+
+    They must lie on such a grid already (export/quantize.py): nothing is rounded anew but codes that their
+    block's largest value left out.
+    """
+    import coremltools.optimize.coreml as cto
+
+    block = cto.OpLinearQuantizerConfig(
+        mode="linear_symmetric", dtype="int4", granularity="per_block", block_size=BLOCK, weight_threshold=0
+    )
+    return cto.OptimizationConfig(
+        op_name_configs={name + suffix: block for name in weights for suffix in ("", HALF)}
     )
 
 

@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.fx import Node
 from vit_export.artifacts import BuildRequest, Precision, Program
 from vit_export.errors import InputError, TargetError, UnsupportedOperator
 from vit_export.export import coreml_gaps, coreml_graph
-from vit_export.export.coreml_compress import palettes
+from vit_export.export.coreml_compress import blocks, palettes
 from vit_export.export.coreml_options import CoreMLOptions
 from vit_export.export.graph import exact_attention, module_path
 from vit_export.export.program import exported
@@ -45,6 +45,9 @@ def convert(program: Program, request: BuildRequest, options: CoreMLOptions) -> 
     with quiet():
         import coremltools as ct
     batch = request.batch_size or 1
+    grouped: tuple[str, ...] = ()
+    if options.weights == "int4":
+        program, grouped = coreml_graph.float_groups(program)
     with exact_attention():
         prepared = _prepared(program, request, options)
         source = exported(prepared, batch_size=batch).run_decompositions({})
@@ -63,7 +66,9 @@ def convert(program: Program, request: BuildRequest, options: CoreMLOptions) -> 
                 inputs=[_input(ct, options, (batch, 3, *program.image_size))],
                 outputs=outputs,
                 classifier_config=classifier,
-                pass_pipeline=coreml_gaps.pipeline(_palettes(source, program, options)),
+                pass_pipeline=coreml_gaps.pipeline(
+                    _palettes(source, program, options), _blocks(source, grouped)
+                ),
                 skip_model_load=True,
             )
     except Exception as error:  # coremltools raises many types; all mean "refused"
@@ -75,8 +80,6 @@ def _prepared(program: Program, request: BuildRequest, options: CoreMLOptions) -
     """The program with the asked input and outputs, and the quantisation the package is to keep."""
     if options.palettize:
         program = coreml_graph.float_weights(program)
-    if options.activations == "float":
-        program = coreml_graph.float_activations(program)
     if options.target == "iOS17":
         program = coreml_graph.unsigned_weights(program)
     if options.labels:
@@ -114,6 +117,12 @@ def _palettes(source: ExportedProgram, program: Program, options: CoreMLOptions)
     channels = {layer.weight: layer.shape[0] for layer in program.layers}
     names = _names(source).items()
     return palettes({name: channels[full] for name, full in names if full in channels}, options)
+
+
+def _blocks(source: ExportedProgram, grouped: Collection[str]) -> Any:
+    """Which weights are stored in four-bit blocks; None for none."""
+    names = [name for name, full in _names(source).items() if full in grouped]
+    return blocks(names) if names else None
 
 
 def _names(source: ExportedProgram) -> dict[str, str]:

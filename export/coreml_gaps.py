@@ -17,10 +17,10 @@ from functools import cache
 from typing import Any
 
 
-def pipeline(palettes: Any = None) -> Any:
+def pipeline(palettes: Any = None, blocks: Any = None) -> Any:
     """coremltools' default graph passes, without the one that changes numbers and with ours at the end.
 
-    palettes: a configuration of palettisation, done last.
+    palettes, blocks: configurations of palettisation and of linear quantisation, done last.
     """
     import coremltools as ct
 
@@ -28,9 +28,10 @@ def pipeline(palettes: Any = None) -> Any:
     passes = ct.PassPipeline()
     passes.remove_passes({"common::fuse_elementwise_to_batchnorm"})
     passes.append_pass("vit_export::forget_output_types")
-    if palettes is not None:
-        passes.append_pass("compression::palettize_weights")
-        passes.set_options("compression::palettize_weights", {"config": palettes})
+    for name, config in (("palettize_weights", palettes), ("linear_quantize_weights", blocks)):
+        if config is not None:
+            passes.append_pass(f"compression::{name}")
+            passes.set_options(f"compression::{name}", {"config": config})
     return passes
 
 

@@ -40,27 +40,33 @@ def add_probabilities(program: Program) -> Program:
     return replace(program, graph=edit.build())
 
 
-def float_activations(program: Program) -> Program:
-    """Take activation quantisation out again; weights stay quantised."""
-    edit = Edit.of(program.graph)
-    for restored in edit.nodes(_q.dequantize_per_tensor.default):
-        stored = restored.args[0]
-        assert isinstance(stored, Node) and isinstance(stored.args[0], Node)
-        edit.bypass(restored, stored.args[0])
-    return replace(program, graph=edit.build())
-
-
 def float_weights(program: Program) -> Program:
     """Replace quantised weights by the float32 values they stand for; activations stay quantised."""
     edit = Edit.of(program.graph)
     for node in edit.nodes(_q.dequantize_per_channel.default):
-        source, stored = _stored(edit, node)
-        if not stored.dtype.is_floating_point:  # a shared weight is replaced once
-            scale, zero = edit.tensor(node.args[1]), edit.tensor(node.args[2])
-            value = _q.dequantize_per_channel.default(stored, scale, zero, *node.args[3:])
-            edit.replace_tensor(source, value)
-        edit.bypass(node, source)
+        _restore(edit, node, node)
     return replace(program, graph=edit.build())
+
+
+def float_groups(program: Program) -> tuple[Program, tuple[str, ...]]:
+    """The same for weights quantised in groups of columns alone, and their names: `blocks` stores them."""
+    edit, names = Edit.of(program.graph), []
+    for node in edit.nodes(_q.dequantize_per_channel.default):
+        whole = next((user for user in node.users if user.target is aten.reshape.default), None)
+        if whole is not None:
+            names.append(_restore(edit, node, whole))
+    return replace(program, graph=edit.build()), tuple(names)
+
+
+def _restore(edit: Edit, node: Node, whole: Node) -> str:
+    """Let the users of `whole`, a dequantised weight in its own shape, read float32 values; its name."""
+    source, stored = _stored(edit, node)
+    if not stored.dtype.is_floating_point:  # a shared weight is replaced once
+        scale, zero = edit.tensor(node.args[1]), edit.tensor(node.args[2])
+        value = _q.dequantize_per_channel.default(stored, scale, zero, *node.args[3:])
+        edit.replace_tensor(source, value if whole is node else value.reshape(whole.args[1]))
+    edit.bypass(whole, source)
+    return str(source.target)
 
 
 def unsigned_weights(program: Program) -> Program:

@@ -47,12 +47,12 @@ def integer_products(model: ir.Model) -> int:
         stored = constant(right.inputs[0]) if right is not None else None
         if left is None or right is None or stored is None or stored.ndim != 2 or _is_constant(left):
             continue
-        bias, last = _bias(model, node, stored.shape[1])
+        bias, last = added_bias(model, node, stored.shape[1])
         inputs = [left.inputs[0], right.inputs[0], left.inputs[1], right.inputs[1]]
         inputs += [_optional(left, 2), _optional(right, 2), bias]
-        _put(last, ir.node(_PRODUCT, inputs, domain=CONTRIB))
+        put(last, ir.node(_PRODUCT, inputs, domain=CONTRIB))
         count += 1
-    return _done(model, count)
+    return done(model, count)
 
 
 def integer_attention(model: ir.Model) -> int:
@@ -68,9 +68,9 @@ def integer_attention(model: ir.Model) -> int:
             continue
         inputs = [joined.source, joined.weight, joined.bias, joined.scale, joined.weight_scale, None]
         attributes = {"num_heads": node.attributes.get_int("q_num_heads", 0)}
-        _put(node, ir.node("QAttention", [*inputs, joined.zero], attributes, domain=CONTRIB))
+        put(node, ir.node("QAttention", [*inputs, joined.zero], attributes, domain=CONTRIB))
         count += joined.products
-    return _done(model, count)
+    return done(model, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def _products(node: ir.Node) -> Sequence[ir.Node]:
     return found if len(found) == len(makers) else ()
 
 
-def _bias(model: ir.Model, product: ir.Node, width: int) -> tuple[ir.Value | None, ir.Node]:
+def added_bias(model: ir.Model, product: ir.Node, width: int) -> tuple[ir.Value | None, ir.Node]:
     """(bias, last node of the linear): an added constant [width], or a subtracted one turned round."""
     out = product.outputs[0]
     add = only_user(out)
@@ -168,7 +168,7 @@ def _optional(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if len(node.inputs) > index else None
 
 
-def _put(old: ir.Node, node: ir.Node) -> None:
+def put(old: ir.Node, node: ir.Node) -> None:
     """Let a node take the place of another, under its module's name; an output of the graph keeps its own."""
     before, out = old.outputs[0], node.outputs[0]
     assert old.graph is not None
@@ -184,7 +184,7 @@ def _put(old: ir.Node, node: ir.Node) -> None:
     before.name, out.name = f"{before.name}.replaced", kept
 
 
-def _done(model: ir.Model, count: int) -> int:
+def done(model: ir.Model, count: int) -> int:
     if count:
         model.opset_imports[CONTRIB] = 1
         remove_unused(model)

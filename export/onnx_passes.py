@@ -26,6 +26,8 @@ def split_quantized_gemm(model: ir.Model) -> None:
     """
     for node in list(model.graph):
         weight = node.inputs[1].producer() if node.op_type == "Gemm" and node.inputs[1] else None
+        if weight is not None and weight.op_type == "Reshape" and weight.inputs[0] is not None:
+            weight = weight.inputs[0].producer()  # four-bit codes in groups
         if weight is None or weight.op_type != "DequantizeLinear":
             continue
         settings = {n: node.attributes.get_float(n, 1.0) for n in ("alpha", "beta")}

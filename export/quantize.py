@@ -62,29 +62,39 @@ def activation_qparams(seen: Range, profile: TargetProfile, *, centre: bool = Fa
     return QParams(scale, min(255, max(0, round(-low / scale))), 0, 255, torch.uint8)
 
 
-def weight_scale(weight: Tensor, bits: int = 8) -> Tensor:
-    """float32 [out]: the largest magnitude of each output channel over the largest code; 1 for a zero one."""
+def weight_scale(weight: Tensor, bits: int = 8, group: int = 0) -> Tensor:
+    """float32 [out]: the largest magnitude of each output channel over the largest code; 1 for a zero one.
+
+    group: float32 [out, in / group], one for so many neighbouring columns of a [out, in] weight.
+    """
     limit = 2 ** (bits - 1) - 1
-    scale = weight.detach().abs().amax(dim=tuple(range(1, weight.ndim))).float() / limit
+    rows = weight.detach().flatten(1)
+    parts = rows.reshape(len(rows), -1, group) if group else rows
+    scale = parts.abs().amax(dim=-1).float() / limit
     return torch.where(scale > _SMALLEST, scale, torch.ones_like(scale))
 
 
-def quantize_weight(weight: Tensor, bits: int = 8, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Per-output-channel symmetric int8: (stored int8 like weight, scale float32 [out]).
+def quantize_weight(
+    weight: Tensor, bits: int = 8, scale: Tensor | None = None, group: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Per-output-channel (or group) symmetric int8: (stored int8, scale float32 [rows of stored]).
 
-    Codes lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1]. scale: `weight_scale` of the weight if not given.
+    stored is like weight; [out * groups, group] for groups. Codes lie in [-(2^(bits-1) - 1),
+    2^(bits-1) - 1]. scale: `weight_scale` of the weight if not given.
     """
     limit = 2 ** (bits - 1) - 1
-    scale = weight_scale(weight, bits) if scale is None else scale
-    stored = torch.round(weight.detach() / scale.reshape(-1, *[1] * (weight.ndim - 1)))
+    scale = (weight_scale(weight, bits, group) if scale is None else scale).flatten()
+    rows = weight.detach().reshape(-1, group) if group else weight.detach()
+    stored = torch.round(rows / scale.reshape(-1, *[1] * (rows.ndim - 1)))
     return stored.clamp_(-limit, limit).to(torch.int8), scale
 
 
 def quantize(program: Program, plan: QuantPlan, profile: TargetProfile) -> Program:
     """The program with Q/DQ on the input and DQ on an int8 weight of each planned layer.
 
-    Layers that read the same tensor with the same range share one pair. Runs in PyTorch, so the loss
-    of quantisation alone can be measured. Raises UsageError for a plan of another model.
+    Layers that read the same tensor with the same range share one pair; a plan for weights only has none.
+    Runs in PyTorch, so the loss of quantisation alone can be measured. Raises UsageError for a plan of
+    another model.
     """
     by_name = {layer.name: layer for layer in program.layers}
     unknown = [p.name for p in plan.layers if p.name not in by_name]
@@ -96,9 +106,11 @@ def quantize(program: Program, plan: QuantPlan, profile: TargetProfile) -> Progr
     for layer_plan in plan.layers:
         layer = by_name[layer_plan.name]
         if layer_plan.quantized and not (layer.kind == "conv" and profile.convolutions == "float"):
-            by_name[layer.name] = _quantize_layer(
-                program, edit, nodes[layer.node], layer, layer_plan, profile, shared
-            )
+            node = nodes[layer.node]
+            if plan.weights_only:
+                node.update_arg(1, _quantize_weight(program, edit, node, layer, layer_plan))
+            else:
+                by_name[layer.name] = _quantize_layer(program, edit, node, layer, layer_plan, profile, shared)
     return replace(program, graph=edit.build(), layers=tuple(by_name.values()))
 
 
@@ -113,26 +125,37 @@ def _quantize_layer(
 ) -> Layer:
     if plan.input is None:
         raise UsageError(f"the plan quantises {plan.name} but has no input range for it")
-    source, weight_node = node.args[0], node.args[1]
-    assert isinstance(source, Node) and isinstance(weight_node, Node)
+    source = node.args[0]
+    assert isinstance(source, Node)
     params = activation_qparams(plan.input, profile, centre=layer.kind == "linear")
     key = (source, params)
     if key not in shared:
         shared[key] = _fake_quantize(edit, source, params, node)
-    weight = edit.tensors[layer.weight]
-    if weight.dtype is torch.int8:  # a weight two layers share is stored once
-        dequantized = next(u for u in weight_node.users if u.target is DEQUANTIZE_CHANNEL)
-    else:
-        scale = program.weight_scales.get(layer.weight)
-        dequantized = _store_weight(
-            edit, weight_node, plan, node, quantize_weight(weight, plan.weight_bits, scale)
-        )
+    dequantized = _quantize_weight(program, edit, node, layer, plan)
     node.args = (shared[key], dequantized, *node.args[2:])
     if params.shift:
         stored, scales = (edit.tensors[str(a.target)] for a in dequantized.args[:2])  # type: ignore[union-attr]
         rows = stored.sum(1, dtype=torch.float64) * scales
         return change_bias(edit, node, layer, lambda bias: (bias + rows * params.shift).float())
     return layer
+
+
+def _quantize_weight(program: Program, edit: Edit, node: Node, layer: Layer, plan: LayerPlan) -> Node:
+    """The layer's weight as stored codes; the node that gives it back in float."""
+    weight_node, weight = node.args[1], edit.tensors[layer.weight]
+    assert isinstance(weight_node, Node)
+    if weight.dtype is torch.int8:  # a weight two layers share is stored once
+        return next(_whole(u) for u in weight_node.users if u.target is DEQUANTIZE_CHANNEL)
+    codes = quantize_weight(weight, plan.weight_bits, program.weight_scales.get(layer.weight), plan.group)
+    dequantized = _store_weight(edit, weight_node, plan, node, codes)
+    if plan.group:
+        return edit.call(node, aten.reshape.default, dequantized, list(layer.shape))
+    return dequantized
+
+
+def _whole(dequantized: Node) -> Node:
+    """What gives a stored weight its own shape: the dequantisation, or the reshape of its groups."""
+    return next((u for u in dequantized.users if u.target is aten.reshape.default), dequantized)
 
 
 def _fake_quantize(edit: Edit, source: Node, p: QParams, before: Node) -> Node:

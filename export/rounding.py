@@ -37,18 +37,19 @@ def round_weights(program: Program, plan: QuantPlan, inputs: Mapping[str, Correl
     nodes = {node.name: node for node in edit.graph.nodes}
     factors: dict[int, Tensor] = {}
     scales = dict(program.weight_scales)
-    bits = {layer.name: layer.weight_bits for layer in plan.layers if layer.quantized}
+    planned = {layer.name: layer for layer in plan.layers if layer.quantized}
     for layer in program.layers:
         weight_node = nodes[layer.node].args[1]
         assert isinstance(weight_node, Node)
         seen = inputs.get(layer.name)
-        if layer.kind != "linear" or seen is None or layer.name not in bits or len(weight_node.users) > 1:
+        if layer.kind != "linear" or seen is None or layer.name not in planned or len(weight_node.users) > 1:
             continue
         if id(seen) not in factors:
             factors = {id(seen): inverse_factor(seen.products)}  # only the latest: they are large
         weight = constant(program.graph, layer.weight).detach()
-        scale = weight_scale(weight, bits[layer.name])
-        edit.replace_tensor(weight_node, gptq(weight, scale, factors[id(seen)], bits[layer.name]))
+        bits = planned[layer.name].weight_bits
+        scale = weight_scale(weight, bits, planned[layer.name].group)
+        edit.replace_tensor(weight_node, gptq(weight, scale, factors[id(seen)], bits))
         scales[layer.weight] = scale
     return replace(program, graph=edit.build(), weight_scales=scales)
 
@@ -64,20 +65,24 @@ def inverse_factor(products: Tensor) -> Tensor:
 
 
 def gptq(weight: Tensor, scale: Tensor, factor: Tensor, bits: int = 8) -> Tensor:
-    """Weights [out, in] on the grid of `scale` [out]; each column's error is made good by later columns.
+    """Weights [out, in] on the grid of `scale` [out] or [out, groups of columns]; each column's error is made
+    good by later columns.
 
     Frantar et al. 2023, "GPTQ: accurate post-training quantization for generative pre-trained transformers",
     algorithm 1, columns in their own order. factor: `inverse_factor` of the layer's inputs.
-    Returns float32; every value is a multiple of its row's scale.
+    Returns float32; every value is a multiple of its row's (or group's) scale.
     """
     limit = 2 ** (bits - 1) - 1
-    left, step = weight.double().clone(), scale.double()
+    left = weight.double().clone()
+    groups = scale.double().reshape(len(weight), -1)
+    steps = groups.repeat_interleave(weight.shape[1] // groups.shape[1], dim=1)
     result = torch.empty_like(left)
     columns = left.shape[1]
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         errors = torch.empty(len(left), stop - start, dtype=left.dtype)
         for column in range(start, stop):
+            step = steps[:, column]
             codes = (left[:, column] / step).round_().clamp_(-limit, limit)
             result[:, column] = codes * step
             error = (left[:, column] - result[:, column]) / factor[column, column]

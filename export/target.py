@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vit_export.artifacts import BuildRequest, BuiltArtifact, Precision, Program, Runnable, TargetProfile
+from vit_export.artifacts import (
+    BuildRequest,
+    BuiltArtifact,
+    Precision,
+    Program,
+    Runnable,
+    TargetProfile,
+    WeightsOnly,
+)
 from vit_export.errors import MissingExtra, TargetError, UsageError
 
 
@@ -16,12 +24,14 @@ class Target(ABC):
     """Builds artifacts for one kind of runtime. A subclass writes `profile`, `_build` and `runnable`.
 
     name: as on the command line. package, extra: the import a build needs and our extra that installs it.
+    weights: what the runtime gains from with float activations, of --weights.
     """
 
     name: ClassVar[str]
     package: ClassVar[str]
     extra: ClassVar[str]
     precisions: ClassVar[tuple[Precision, ...]] = tuple(Precision)
+    weights: ClassVar[tuple[WeightsOnly, ...]] = ()
 
     def require(self) -> None:
         """Raise MissingExtra unless what a build needs is installed. Imports nothing."""
@@ -41,6 +51,11 @@ class Target(ABC):
         self.require()
         if request.precision not in self.precisions:
             raise UsageError(f"target {self.name} has no {request.precision} precision")
+        alone = request.options.get("weights") if request.precision is Precision.INT8 else None
+        if alone and alone not in self.weights:
+            raise UsageError(
+                f"target {self.name} quantises activations with the weights", "leave --weights out for it"
+            )
         request.folder.mkdir(parents=True, exist_ok=True)
         path, details = self._build(program, request)
         if not path.exists():
@@ -77,7 +92,9 @@ class Target(ABC):
 
     def notes(self, artifact: BuiltArtifact) -> tuple[str, ...]:
         """What a user should know of how the artifact was made, in sentences for the report."""
-        return ()
+        alone = artifact.details.get("weights_only")
+        said = f"only weights are stored quantised ({alone}); activations have no fixed range"
+        return (said,) if alone else ()
 
     def shares(self, artifacts: Sequence[BuiltArtifact]) -> bool:
         """Whether artifacts of several sizes can be one that shares their weights (`share`)."""

@@ -51,9 +51,11 @@ class Resizer(ABC):
     """Changes the image size of one module, in place.
 
     size: what the module takes now, where the caller knows it and the module does not.
+    hint: what it may take, where nobody knows.
     """
 
     positions: ClassVar[Positions]
+    hint: Size | None = None
 
     def __init__(self, module: nn.Module, size: Size | None = None) -> None:
         self.module = module
@@ -126,10 +128,12 @@ def find(
     """The Resizer of a module, or of the known models inside it.
 
     size: what the module takes now, where the caller knows. config: a table named in it makes any module
-    a plain one, with that table. hint: what a plain module may take, where nobody knows.
+    a plain one, with that table. hint: what a module may take, where nobody knows.
     """
     config = config or AdaptConfig()
     found = tuple(parts(module, size)) if config.pos_embed is None else ()
+    for part in found:
+        part.hint = hint
     if found:
         return found[0] if len(found) == 1 else Several(module, found)
     from vit_export.models.user_module import PlainModule

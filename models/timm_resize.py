@@ -119,7 +119,9 @@ class TimmFree(Resizer):
 
     def geometry(self) -> Geometry:
         step = lcm(*(self._stage_step(i) for i in range(len(self.module.stages))))
-        size = self._size or tuple(self.module.pretrained_cfg["input_size"][1:])
+        config = getattr(self.module, "pretrained_cfg", None) or {}  # only timm.create_model sets it
+        stated = tuple(config.get("input_size", ())[1:])
+        size = self._size or stated or self.hint or (224, 224)
         return Geometry(size, (step, step), reason="stage strides and spatial reduction")
 
     def _stage_step(self, index: int) -> int:

@@ -75,7 +75,7 @@ def trade_offs(report: Report) -> Node | None:
 
 
 def blame(report: Report) -> Node | None:
-    """The share of each stage in an artifact's error power, 10^(-SQNR/10)."""
+    """The share of each stage in an artifact's error power, 10^(-SQNR/10); resizing is no error."""
     names = _names(report)
     shares = {names[id(r)]: share for r in report.results if (share := error_shares(r))}
     if not shares:
@@ -96,7 +96,8 @@ def blame(report: Report) -> Node | None:
 
 def error_shares(result: Result) -> dict[str, float]:
     """Per cent of the summed error power by stage; empty if no stage erred."""
-    power = {s.stage: 0.0 if s.sqnr_db is None else 10 ** (-s.sqnr_db / 10) for s in result.stages}
+    errors = (stage for stage in result.stages if stage.stage != "resize")
+    power = {s.stage: 0.0 if s.sqnr_db is None else 10 ** (-s.sqnr_db / 10) for s in errors}
     total = sum(power.values())
     return {stage: 100 * part / total for stage, part in power.items()} if total else {}
 

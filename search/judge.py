@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.fx import GraphModule
+from torch import Tensor
 
 from vit_export.artifacts import Images, Labels, Logits, Program, QuantPlan, TargetProfile
 from vit_export.calibration.preprocess import Batches
@@ -62,7 +62,7 @@ class Judge:
         return Score(float(sqnr), found.agreement, found.top1_drop)
 
 
-def run(program: Program, graph: GraphModule, batches: Iterable[Images]) -> Logits:
+def run(program: Program, graph: Callable[[Tensor], Tensor], batches: Iterable[Images]) -> Logits:
     """The outputs of a graph made from `program`, float32 [N, K]; a fixed batch is filled up by repeating."""
     found = []
     with torch.inference_mode():

@@ -21,6 +21,7 @@ from vit_export.artifacts import (
     Range,
     Ranges,
     TargetProfile,
+    WeightsOnly,
 )
 from vit_export.calibration.collect import calibrate, channel_statistics, watch
 from vit_export.calibration.correlation import Correlation
@@ -70,6 +71,7 @@ class Search:
     profile: TargetProfile
     keep_float: Sequence[str] = ()
     max_drop: float | None = None
+    weights: WeightsOnly | None = None
     sensitivity: bool = False
     seed: int = 0
     embeddings: bool = False
@@ -232,8 +234,9 @@ class Search:
 
     def _plan(self, candidate: _Candidate) -> QuantPlan:
         return make_plan(
-            candidate.ranges, candidate.program.layers, keep_float=self.keep_float, seed=self.seed
-        )
+            candidate.ranges, candidate.program.layers,
+            keep_float=self.keep_float, seed=self.seed, weights=self.weights,
+        )  # fmt: skip
 
     def _best(
         self,

@@ -9,6 +9,9 @@ from functools import cache
 from vit_export.artifacts import Decision, LayerSensitivity, Program, QuantPlan
 from vit_export.search.judge import Judge, Score
 
+WITHIN = "kept within --max-drop"
+"""Why a layer that `within` keeps is float."""
+
 Notify = Callable[[str, int, int], None]
 
 
@@ -57,8 +60,7 @@ def within(
         fewer = tuple(other for other in kept if other is not row)
         if score(kept).loss <= limit and score(fewer).loss <= limit:
             kept = fewer
-    reason = "kept within --max-drop"
-    return keeping(plan, [r.layer for r in kept], reason), tuple(_decisions(kept, score(()), score(kept)))
+    return keeping(plan, [r.layer for r in kept], WITHIN), tuple(_decisions(kept, score(()), score(kept)))
 
 
 def _fewest(loss: Callable[[int], float], most: int, limit: float) -> int:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 BASELINE = "pytorch"
 _KEEP = 2  # traced models a worker process holds
-_TRACED: dict[str, tuple[LoadedModel, Program, str]] = {}  # by what was traced
+_TRACED: dict[str, tuple[LoadedModel, LoadedModel, Program, str]] = {}  # by what was traced
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,12 +288,12 @@ def _one_size(task: Task, stages: Stages, folder: Path) -> OneSize:
         first = OneSize(job, adapted, (), ImageSources(None, None), folder, silent, stages)
         while len(_TRACED) >= _KEEP:
             _TRACED.pop(next(iter(_TRACED)))
-        _TRACED[known] = adapted, first.trace(), first.digest
-    adapted, program, digest = _TRACED[known] if known else _TRACED.pop(known)
+        _TRACED[known] = model, adapted, first.trace(), first.digest
+    model, adapted, program, digest = _TRACED[known] if known else _TRACED.pop(known)
     targets = [target_named(name) for name in job.targets]
     return OneSize(
         job, adapted, targets, _sources(task), folder, silent, stages,
-        timed=False, digest=digest, traced=program,
+        timed=False, digest=digest, traced=program, native=model,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ class CoreMLTarget(Target):
     """`model.mlpackage` (an ML program); fp16 and int8 compute in fp16, inputs and outputs are float32."""
 
     name, package, extra = "coreml", "coremltools", "coreml"
+    weights = ("int8", "int4")
 
     def profile(self, precision: Precision, options: Mapping[str, Any]) -> TargetProfile:
         """Activations of linears in uint8 with a zero point, unless asked otherwise.
@@ -25,12 +26,12 @@ class CoreMLTarget(Target):
         Convolutions stay fp16: the patch embedding has 2 % of a ViT's products, and eight bits of an image
         cost DINOv2-S 2 dB. Where only weights are quantised, theirs are too.
         """
-        activations = CoreMLOptions.of(options).activations
+        wanted = CoreMLOptions.of(options)
         return TargetProfile(
-            activations="symmetric" if activations == "symmetric" else "asymmetric",
+            activations=wanted.activations,
             opset=0,  # no ONNX on the way
             attention="fused",
-            convolutions="int8" if activations == "float" else "float",
+            convolutions="int8" if wanted.weights else "float",
             rest="float32" if precision is Precision.FP32 else "float16",
         )
 
@@ -41,7 +42,7 @@ class CoreMLTarget(Target):
 
         options = CoreMLOptions.of(request.options)
         if request.precision is Precision.FP32:  # stays exact: what the others are compared with
-            options = replace(options, palettize=0)
+            options = replace(options, palettize=0, weights=None)
         if options.input == "image" and (request.batch_size or 1) != 1:
             raise UsageError("a Core ML package that takes images has batch 1", "use --coreml-input tensor")
         converted = convert(program, request, options)
@@ -108,7 +109,7 @@ _SYSTEMS = {"iOS17": "iOS 17, macOS 14", "iOS18": "iOS 18, macOS 15"}
 
 def _compressed(facts: Mapping[str, Any]) -> str:
     """`49 of 50 weights are int8; left float: head; never compressed: pos_embed (feeds add)`."""
-    kind = f"have {facts['palettize']}-bit palettes" if facts["palettize"] else "are int8"
+    kind = f"have {facts['palettize']}-bit palettes" if facts["palettize"] else "are quantised"
     parts = [f"{facts['compressed_weights']} of {facts['weights']} weights {kind}"]
     if facts["float_weights"]:
         parts.append(f"left float: {', '.join(facts['float_weights'])}")

@@ -17,6 +17,7 @@ class OpenVinoTarget(Target):
     """`model.xml` and `model.bin`; fp16 stores weights in half, the CPU computes in float32."""
 
     name, package, extra = "openvino", "openvino", "openvino"
+    weights = ("int8", "int4")
 
     def profile(self, precision: Precision, options: Mapping[str, Any]) -> TargetProfile:
         """Asymmetric uint8 activations; opset 20, whose plain attention OpenVINO fuses itself.
@@ -43,6 +44,11 @@ class OpenVinoTarget(Target):
         )
         tidy_attention(graph)
         drop_zero_points(graph)
+        details: dict[str, Any] = {}
+        if request.precision is Precision.INT8 and (alone := request.options.get("weights")):
+            from vit_export.export.onnx_weights import INTEGER, weight_products
+
+            details |= {"weights_only": alone, "weight_products": weight_products(graph, INTEGER)}
         source, path = request.folder / "source.onnx", request.folder / "model.xml"
         save(graph, source)
         half = request.precision is Precision.FP16
@@ -51,6 +57,7 @@ class OpenVinoTarget(Target):
         for left in request.folder.glob("source.onnx*"):
             left.unlink()
         return path, {
+            **details,
             "nodes": graph.graph.num_nodes(),
             "opset": graph.opset_imports[""],
             "inference_precision": _rest(request),

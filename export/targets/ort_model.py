@@ -29,6 +29,7 @@ class OrtTarget(Target):
     """`model.onnx`, opset 23 by default: one Attention and one Gelu node each."""
 
     name, package, extra = "onnx", "onnx", "export"
+    weights = ("int8", "int4")
 
     def profile(self, precision: Precision, options: Mapping[str, Any]) -> TargetProfile:
         """Asymmetric uint8 activations; convolutions float, since QLinearConv must requantise."""
@@ -53,7 +54,12 @@ class OrtTarget(Target):
 
             report = to_float16(model, _overflowing(model, request.samples))
             details["kept_float32"] = dict(report.kept)
-        if request.precision is Precision.INT8:
+        alone = request.options.get("weights") if request.precision is Precision.INT8 else None
+        if alone:
+            from vit_export.export.onnx_weights import INTEGER, weight_products
+
+            details |= {"weights_only": alone, "weight_products": weight_products(model, INTEGER)}
+        elif request.precision is Precision.INT8:
             details["operators"] = _operators(request.options)
             if details["operators"] == "onnxruntime":
                 _own_operators(model, details)
@@ -61,7 +67,7 @@ class OrtTarget(Target):
         path = request.folder / "model.onnx"
         save(model, path)
         details["nodes"] = model.graph.num_nodes()
-        if request.precision is Precision.INT8:
+        if request.precision is Precision.INT8 and not alone:
             count = in_child(integer_kernels, timeout=request.timeout, what="ONNX Runtime's optimisation")
             details |= count(path, details.pop("joined", 0))
         return path, details

@@ -48,6 +48,20 @@ def test_images_of_one_colour(tmp_path: Path) -> None:
     assert said == "2 of 20 calibration images are of one colour"
 
 
+def test_copies_are_counted(tmp_path: Path) -> None:
+    """The same picture again tells calibration nothing: every further one is a copy."""
+    pixels = photos(20, 0)
+    pixels[[5, 6, 19]] = pixels[0]
+    (said,) = inspect(saved(tmp_path, "c", pixels))
+    assert said == "3 of 20 calibration images are copies of others"
+
+
+def test_pixels_that_were_scaled_before(tmp_path: Path) -> None:
+    """Pictures in 0..1 cast to bytes are black to the network: what happened is said, not only a mean."""
+    (said,) = inspect(saved(tmp_path, "c", (photos(20, 0) / 255).round().astype(np.uint8)))
+    assert said.startswith("calibration pixels are 0 and 1 of 0..255")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

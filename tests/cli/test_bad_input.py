@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vit_export.data import DIGITS_IMAGES
+
 FACTORY = textwrap.dedent(
     """
     import torch
@@ -180,3 +182,22 @@ def test_models_lists_and_describes(vit_export: Any) -> None:
     assert run.code == 0 and "96x96" in run.out and "8x8" in run.out
     run = vit_export("models", "no-such-thing")
     assert run.code == 2 and "no model matches" in run.err
+
+
+def test_doubtful_calibration_images_are_named(vit_export: Any, tmp_path: Path) -> None:
+    """Too few, one of them of one colour, one a copy, also evaluated on, wrongly normalised: all is said."""
+    with np.load(DIGITS_IMAGES) as digits:
+        calib, judged = digits["calib_images"][:10], digits["eval_images"][:20]
+    calib[3], calib[7], judged[:2] = 255, calib[6], calib[:2]
+    np.savez(tmp_path / "calib.npz", images=calib)
+    np.savez(tmp_path / "eval.npz", images=judged)
+    given = ("--calib", tmp_path / "calib.npz", "--eval", tmp_path / "eval.npz", "--mean", "90,90,90")
+    run = vit_export("--int8", "--calib-method", "minmax", *given, "--output", tmp_path / "o", "--quiet")
+    for said in (
+        "note: only 10 calibration images; 16 or more give steadier ranges",
+        "note: 1 of 10 calibration images are of one colour",
+        "note: 1 of 10 calibration images are copies of others",
+        "check --mean and --std",
+        "note: 2 of 20 evaluation images are also calibration images: accuracy is flattered",
+    ):
+        assert said in run.out

@@ -113,8 +113,16 @@ def test_a_config_file_gives_defaults(vit_export: Any, tmp_path: Path) -> None:
 
 
 def test_max_drop_turns_the_exit_code(vit_export: Any, tmp_path: Path) -> None:
-    """A limit no artifact can keep gives exit 1, with all artifacts and the report in place."""
+    """A limit no artifact can keep gives exit 1, with all artifacts and the report in place.
+
+    The report names what every layer kept float in vain bought, and its milliseconds: they add up.
+    """
     few = ("--calib-method", "minmax", "--calib-size", 16, "--eval-size", 20)
     run = vit_export("--int8", "--max-drop", "-5", *few, "--output", tmp_path / "o", "--quiet")
     assert run.code == 1 and "over the limit" in run.out
-    assert (tmp_path / "o/report.json").exists()
+    result = json.loads((tmp_path / "o/report.json").read_text())["results"][0]
+    cost = result["details"]["kept_float_cost"]
+    assert sorted(cost["layers"]) == sorted(result["kept_float"]) and len(cost["layers"]) > 10
+    assert sum(cost["layers"].values()) == pytest.approx(cost["ms"]) and cost["of_ms"] > 0
+    (note,) = (note for note in result["notes"] if note.startswith("kept float within --max-drop"))
+    assert "blocks.0.mlp.fc1 (" in note and "dB if it alone were int8" in note and "measured" in note

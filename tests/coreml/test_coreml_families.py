@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,9 @@ def test_w8a8_loses_what_the_plan_loses(name: str, size: Any, tmp_path: Path) ->
 def test_int8_weights_keep_30_db(name: str, size: Any, tmp_path: Path) -> None:
     """int8 weights alone, one scale an output channel, keep at least 30 dB."""
     batch = images(name, size)
-    quantised = quantize(
-        program(name, size), plan(name, size), TARGET.profile(INT8, {"coreml_activations": "float"})
-    )
-    result, details = packaged(quantised, INT8, tmp_path, batch, coreml_activations="float")
+    alone = replace(plan(name, size), weights_only=True)
+    quantised = quantize(program(name, size), alone, TARGET.profile(INT8, {"weights": "int8"}))
+    result, details = packaged(quantised, INT8, tmp_path, batch, weights="int8")
     loss = sqnr_db(in_torch(model(name, size).module, batch), result)
     assert loss is not None and loss > 30
     assert details["compressed_weights"] == details["weights"]

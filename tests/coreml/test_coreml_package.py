@@ -65,8 +65,14 @@ def program() -> Program:
 def quantised(activations: str = "asymmetric") -> Program:
     traced = program()
     images = CONTRACT.normalize(np.random.default_rng(1).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
-    plan = make_plan(calibrate(traced, [images], MinMaxConfig()), traced.layers)
-    return quantize(traced, plan, TARGET.profile(INT8, {"coreml_activations": activations}))
+    weights: Any = "int8" if activations == "float" else None
+    plan = make_plan(calibrate(traced, [images], MinMaxConfig()), traced.layers, weights=weights)
+    return quantize(traced, plan, TARGET.profile(INT8, asked(activations)))
+
+
+def asked(activations: str) -> dict[str, str]:
+    """The options that quantise activations so, or weights alone."""
+    return {"weights": "int8"} if activations == "float" else {"coreml_activations": activations}
 
 
 def build(
@@ -162,7 +168,7 @@ def test_labels_must_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["iOS17", "iOS18"])
 def test_int8_weights_are_the_plans(target: str, tmp_path: Path) -> None:
     """The saved weights are the plan's integers and scales: with FP32 around them, bit for bit."""
-    artifact = build(tmp_path, FP32, quantised("float"), coreml_target=target, coreml_activations="float")
+    artifact = build(tmp_path, FP32, quantised("float"), coreml_target=target, weights="int8")
     stored = sorted(Interpreter(artifact.path).decompressed.values(), key=lambda value: value.tobytes())
     weights = coreml_graph.float_weights(quantised("float")).graph.state_dict()
     ours = [weights[layer.weight].numpy() for layer in program().layers]
@@ -191,7 +197,7 @@ def test_attention_is_one_operation_on_ios18(built: Any) -> None:
 @pytest.mark.parametrize(("activations", "floor"), [("float", 30), ("asymmetric", 25), ("symmetric", 22)])
 def test_activations_choose_what_is_quantised(activations: str, floor: float, tmp_path: Path) -> None:
     """Weights alone, or activations too, with or without a zero point."""
-    artifact = build(tmp_path, INT8, quantised(activations), coreml_activations=activations)
+    artifact = build(tmp_path, INT8, quantised(activations), **asked(activations))
     function = Package(artifact.path).function("main")
     quantisers = [op for op in function.operations if op.kind == "quantize"]
     linears = sum(layer.kind == "linear" for layer in program().layers)
@@ -355,7 +361,7 @@ def test_wrong_options_are_usage_errors(tmp_path: Path) -> None:
         ({"coreml_target": "iOS12"}, "iOS17, iOS18"),
         ({"coreml_input": "video"}, "tensor, image"),
         ({"palettize": 5}, "0, 4, 6"),
-        ({"coreml_activations": "int4"}, "asymmetric, symmetric, float"),
+        ({"coreml_activations": "int4"}, "asymmetric, symmetric"),
     ):
         with pytest.raises(UsageError) as caught:
             CoreMLOptions.of(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from contracts.small import small_vit
 from vit_export.artifacts import BuildRequest, LoadedModel, Precision, Program
 from vit_export.errors import NumericsError
 from vit_export.export.half_range import half_overflows, overflow_words
+from vit_export.export.half_stored import half_stored
 from vit_export.export.peaks import run_graph
 from vit_export.export.program import trace
 from vit_export.export.targets import target_named
@@ -54,6 +56,25 @@ def test_onnx_keeps_what_would_overflow(program: Program, tmp_path: Path) -> Non
         reference = program.graph(torch.from_numpy(IMAGES)).numpy()
     rounded = run_graph(kept.path, IMAGES, rounded=True)
     assert np.abs(rounded - reference).max() < 0.02 * np.abs(reference).max()
+
+
+def test_stored_in_half_is_the_module_in_half() -> None:
+    """Every tensor rounded to float16 is as far from float32 as torch's own float16 module, and near it."""
+    model = small_vit()
+    images, traced = torch.from_numpy(IMAGES), trace(model)
+    with torch.inference_mode():
+        exact, stored = traced.graph(images), half_stored(traced.graph)(images)
+        own = deepcopy(model.module).half()(images.half()).float()
+    error, theirs = (stored - exact).abs().max(), (own - exact).abs().max()
+    assert 0 < error < 3 * theirs and stored.dtype is torch.float32
+
+
+def test_what_half_cannot_hold_stays_float32(program: Program) -> None:
+    """A layer whose results exceed 65504 does not become Inf: the answer stays right."""
+    images = torch.from_numpy(IMAGES)
+    with torch.inference_mode():
+        exact, stored = program.graph(images), half_stored(program.graph)(images)
+    assert (stored - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_nan_in_float32_is_not_an_overflow(program: Program) -> None:

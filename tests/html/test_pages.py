@@ -98,10 +98,10 @@ def test_damaged_predictions_are_an_error():
 
 
 def test_error_shares_are_powers():
-    """10 dB less SQNR is ten times the blame, and a stage without error has none."""
+    """10 dB less SQNR is ten times the blame, a stage without error has none; resizing is not to blame."""
     stages = tuple(
         StageLoss(stage=name, sqnr_db=db, agreement=None)
-        for name, db in (("quantize", 20.0), ("lower", None), ("runtime", 30.0))
+        for name, db in (("resize", 3.0), ("quantize", 20.0), ("lower", None), ("runtime", 30.0))
     )
     assert error_shares(result(stages=stages)) == pytest.approx(
         {"quantize": 1000 / 11, "lower": 0.0, "runtime": 100 / 11}

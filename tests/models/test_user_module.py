@@ -269,6 +269,22 @@ def test_a_subclass_of_a_library_model_is_resized_as_its_base() -> None:
     assert "pos_embed resampled from 4x4 to 6x4" in adapt(model, (48, 32)).notes
 
 
+def test_a_library_model_made_by_its_class_takes_the_size_it_is_given() -> None:
+    """timm's PVTv2 states a size only when timm.create_model made it: else the size asked for is it."""
+    from timm.models.pvt_v2 import PyramidVisionTransformerV2
+
+    def made(size: Size | None) -> LoadedModel:
+        small = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 1, 2)}
+        module = PyramidVisionTransformerV2(num_classes=4, **small)
+        return finish(
+            module, family="own", preprocessing=Preprocessing((224, 224)),
+            options=LoadOptions(image_size=size),
+        )  # fmt: skip
+
+    assert made((64, 96)).source_image_size == (64, 96)
+    assert made(None).source_image_size == (224, 224)
+
+
 def test_the_class_token_is_taken_where_there_is_one() -> None:
     """Token maps of a model with a class token give that token, not the mean."""
     module = WithClassToken(lambda s, t: t)

@@ -29,10 +29,13 @@ sys.meta_path.insert(0, Blocker())
 NEEDS_TORCH = {
     "vit_export.pipeline",
     "vit_export.attention_job",
+    "vit_export.kept_cost",
     "vit_export.one_size",
     "vit_export.report_extras",
+    "vit_export.blame_size",
     "vit_export.build_size",
     "vit_export.tuning",
+    "vit_export.check_size",
     "vit_export.several_sizes",
     "vit_export.calibration.collect",
 }
