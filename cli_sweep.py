@@ -16,7 +16,7 @@ from vit_export.errors import UsageError
 if TYPE_CHECKING:
     from vit_export.job import ExportJob
     from vit_export.sweep.cluster import Tls
-    from vit_export.sweep.matrix import Cell, SweepFile
+    from vit_export.sweep.matrix import Cell
 
 _PRECISIONS = ("fp32", "fp16", "int8")
 _NOT_FOR_CELLS = (
@@ -65,7 +65,7 @@ def sweep(
         place = str(Path(place).absolute())  # workers have working directories of their own
     console = make_console()
     if dry_run:
-        _print_plan(cells, place, read, console)
+        _print_plan(cells, place, folder, console)
         return
     require()
     from vit_export.sweep import run
@@ -150,29 +150,29 @@ def _routes(pairs: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _print_plan(cells: tuple[Cell, ...], store: str, read: SweepFile, console: Any) -> None:
+def _print_plan(cells: tuple[Cell, ...], store: str, output: Path, console: Any) -> None:
     from vit_export.runtime.console import plain_table
     from vit_export.sweep.run import planned
 
     for cell in cells:
         console.print(cell.name, soft_wrap=True)
     stages = planned(cells, store)
-    body = [(stage, str(count), _seconds(stage, count, read)) for stage, count in stages]
+    body = [(stage, str(count), _seconds(stage, count, output)) for stage, count in stages]
     console.print(plain_table(("stage", "tasks", "estimated"), body, f"\n{len(cells)} cells"))
     console.print("estimated: from the last run in the same output folder, - without one", style="dim")
 
 
-def _seconds(stage: str, count: int, read: SweepFile) -> str:
+def _seconds(stage: str, count: int, output: Path) -> str:
     """What tasks of a stage took on average in the last run, times their number."""
     from vit_export.errors import InputError
     from vit_export.runtime.sweep_schema import read as read_sweep
 
     try:
-        last = {work.stage: work for work in read_sweep(read.output).work}
+        last = {work.stage: work for work in read_sweep(output).work}
     except InputError:
         return "-"
     found = last.get(stage)
-    return f"{found.seconds / found.made * count:.0f} s" if found and found.made else "-"
+    return f"{sum(found.each) / len(found.each) * count:.0f} s" if found and found.each else "-"
 
 
 def _print_sweep(done: Any, console: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from vit_export.artifacts import BuiltArtifact, Precision
-from vit_export.errors import ParityError, VitExportError
+from vit_export.errors import ParityError, TargetError, VitExportError
 from vit_export.export.target import Target
 from vit_export.job import ExportJob, first_images
 from vit_export.one_size import Outcome
@@ -56,8 +56,11 @@ def _shared(
     work: Path,
 ) -> list[Outcome]:
     final = job.output / target.name / precision / FOLDER
-    with atomic_directory(final) as folder:
-        together = target.share(single, folder)
+    try:
+        with atomic_directory(final) as folder:
+            together = target.share(single, folder, timeout=job.timeout)
+    except TargetError as error:
+        return [_apart(outcome, target, precision, str(error)) for outcome in outcomes]
     together = tuple(dataclasses.replace(a, path=final / a.path.relative_to(folder)) for a in together)
     done = [
         _moved(job, target, outcome, artifact, together, work)
@@ -66,6 +69,18 @@ def _shared(
     for artifact in single:
         shutil.rmtree(artifact.path.parent)
     return done
+
+
+def _apart(outcome: Outcome, target: Target, precision: Precision, reason: str) -> Outcome:
+    """The outcome with a note on the result whose artifact could not be joined with the other sizes'."""
+
+    def noted(result: Result) -> Result:
+        if (result.target, result.precision) != (target.name, precision):
+            return result
+        note = f"one artifact for this size alone: {reason}"
+        return msgspec.structs.replace(result, notes=(*result.notes, note))
+
+    return dataclasses.replace(outcome, results=tuple(noted(result) for result in outcome.results))
 
 
 def _moved(

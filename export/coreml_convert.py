@@ -1,4 +1,7 @@
-"""Lowering a program to a Core ML package through torch.export and coremltools."""
+"""From a saved torch.export program to a Core ML package: all that coremltools does, in a child process.
+
+Unlike the steps of other targets this one pays for torch as well, which coremltools reads programs with.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,24 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.ao.quantization.fx._decomposed
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from vit_export.artifacts import BuildRequest, Precision, Program
+from vit_export.artifacts import Precision, Preprocessing, Size
 from vit_export.errors import InputError, TargetError, UnsupportedOperator
-from vit_export.export import coreml_gaps, coreml_graph
-from vit_export.export.coreml_compress import blocks, palettes
+from vit_export.export import coreml_gaps
+from vit_export.export.coreml_compress import Compression, blocks, count, palettes
+from vit_export.export.coreml_metadata import describe, finish
 from vit_export.export.coreml_options import CoreMLOptions
-from vit_export.export.graph import exact_attention, module_path
-from vit_export.export.program import exported
+from vit_export.export.graph import module_path
 
 INPUT, IMAGE, OUTPUT = "images", "image", "logits"
 LABEL, PROBABILITIES = "classLabel", "probabilities"
@@ -29,28 +35,45 @@ _MISSING = re.compile(r"(?:Unsupported fx node|convert function for op) '?([\w.]
 
 
 @dataclass(frozen=True, slots=True)
-class Converted:
-    """model: a coremltools MLModel. names: its names of constants → module paths."""
+class Conversion:
+    """What is made of a program. name: of the model, for the package's description.
 
-    model: Any
-    names: Mapping[str, str]
+    channels: full name of each linear's or convolution's weight → output channels, for palettes. grouped:
+    full names of the weights that lie on a grid of four-bit blocks. user_defined: metadata (`coreml_metadata.facts`).
+    """
+
+    precision: Precision
+    batch_size: int
+    image_size: Size
+    preprocessing: Preprocessing
+    options: CoreMLOptions
+    name: str
+    channels: Mapping[str, int]
+    grouped: tuple[str, ...]
+    user_defined: Mapping[str, str]
 
 
-def convert(program: Program, request: BuildRequest, options: CoreMLOptions) -> Converted:
-    """Lower a program; everything outside Q/DQ computes in fp16 unless the precision is FP32.
+def write_package(source: Path, package: Path, asked: Conversion) -> Compression:
+    """Lower the program in `source` (.pt2); everything outside Q/DQ computes in fp16 unless it is FP32.
 
     Raises UnsupportedOperator with the operator and its module path, InputError for labels that are not
     as many as the classes, TargetError for what else coremltools refuses.
     """
+    program = torch.export.load(source)
+    model = _converted(program, asked)
+    with quiet():
+        model.save(str(package))
+    spec = finish(
+        package, describe(asked.precision, asked.preprocessing, asked.name, asked.options), asked.user_defined
+    )
+    return count(spec, _names(program))
+
+
+def _converted(source: ExportedProgram, asked: Conversion) -> Any:
+    """coremltools' MLModel."""
     with quiet():
         import coremltools as ct
-    batch = request.batch_size or 1
-    grouped: tuple[str, ...] = ()
-    if options.weights == "int4":
-        program, grouped = coreml_graph.float_groups(program)
-    with exact_attention():
-        prepared = _prepared(program, request, options)
-        source = exported(prepared, batch_size=batch).run_decompositions({})
+    options = asked.options
     outputs, classifier = [ct.TensorType(OUTPUT, dtype=np.float32)], None
     if options.labels:
         _check_labels(source, options.labels)
@@ -58,35 +81,19 @@ def convert(program: Program, request: BuildRequest, options: CoreMLOptions) -> 
         classifier = ct.ClassifierConfig(list(options.labels), LABEL, PROBABILITIES)
     try:
         with quiet():
-            model = ct.convert(
+            return ct.convert(
                 source,
                 convert_to="mlprogram",
                 minimum_deployment_target=getattr(ct.target, options.target),
-                compute_precision=_precision(ct, request.precision),
-                inputs=[_input(ct, options, (batch, 3, *program.image_size))],
+                compute_precision=_precision(ct, asked.precision),
+                inputs=[_input(ct, options, (asked.batch_size, 3, *asked.image_size))],
                 outputs=outputs,
                 classifier_config=classifier,
-                pass_pipeline=coreml_gaps.pipeline(
-                    _palettes(source, program, options), _blocks(source, grouped)
-                ),
+                pass_pipeline=coreml_gaps.pipeline(_palettes(source, asked), _blocks(source, asked)),
                 skip_model_load=True,
             )
     except Exception as error:  # coremltools raises many types; all mean "refused"
         raise _explained(error, source) from error
-    return Converted(model, _names(source))
-
-
-def _prepared(program: Program, request: BuildRequest, options: CoreMLOptions) -> Program:
-    """The program with the asked input and outputs, and the quantisation the package is to keep."""
-    if options.palettize:
-        program = coreml_graph.float_weights(program)
-    if options.target == "iOS17":
-        program = coreml_graph.unsigned_weights(program)
-    if options.labels:
-        program = coreml_graph.add_probabilities(program)
-    if options.input == "image":
-        program = coreml_graph.take_pixels(program, request.preprocessing)
-    return program
 
 
 def _input(ct: Any, options: CoreMLOptions, shape: tuple[int, ...]) -> Any:
@@ -110,18 +117,19 @@ def _normalises(op: Any) -> bool:
     return source is None or bool(_normalises(source))
 
 
-def _palettes(source: ExportedProgram, program: Program, options: CoreMLOptions) -> Any:
+def _palettes(source: ExportedProgram, asked: Conversion) -> Any:
     """Which weights get a palette; None without --palettize."""
-    if not options.palettize:
+    if not asked.options.palettize:
         return None
-    channels = {layer.weight: layer.shape[0] for layer in program.layers}
-    names = _names(source).items()
-    return palettes({name: channels[full] for name, full in names if full in channels}, options)
+    known = _names(source).items()
+    return palettes(
+        {name: asked.channels[full] for name, full in known if full in asked.channels}, asked.options
+    )
 
 
-def _blocks(source: ExportedProgram, grouped: Collection[str]) -> Any:
+def _blocks(source: ExportedProgram, asked: Conversion) -> Any:
     """Which weights are stored in four-bit blocks; None for none."""
-    names = [name for name, full in _names(source).items() if full in grouped]
+    names = [name for name, full in _names(source).items() if full in asked.grouped]
     return blocks(names) if names else None
 
 

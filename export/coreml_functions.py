@@ -1,4 +1,4 @@
-"""Several packages as functions of one, sharing the weights that are equal."""
+"""Several packages as functions of one, sharing the weights that are equal. Runs in a child process."""
 
 from __future__ import annotations
 

@@ -9,9 +9,23 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch.fx import Node
 
 from vit_export.artifacts import Preprocessing, Program
+from vit_export.export.coreml_options import CoreMLOptions
 from vit_export.export.graph import Edit, aten
 
 _q = torch.ops.quantized_decomposed
+
+
+def prepared(program: Program, options: CoreMLOptions, preprocessing: Preprocessing) -> Program:
+    """The program with the asked input and outputs, and the quantisation the package is to keep."""
+    if options.palettize:
+        program = float_weights(program)
+    if options.target == "iOS17":
+        program = unsigned_weights(program)
+    if options.labels:
+        program = add_probabilities(program)
+    if options.input == "image":
+        program = take_pixels(program, preprocessing)
+    return program
 
 
 def take_pixels(program: Program, preprocessing: Preprocessing) -> Program:

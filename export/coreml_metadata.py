@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_export import __version__
-from vit_export.artifacts import BuildRequest, Preprocessing, Program
+from vit_export.artifacts import BuildRequest, Precision, Preprocessing, Program
 from vit_export.export.coreml_options import CoreMLOptions
 from vit_export.python310 import sha256_of
 
@@ -40,19 +40,19 @@ def facts(program: Program, request: BuildRequest) -> dict[str, str]:
     }
 
 
-def describe(request: BuildRequest, options: CoreMLOptions) -> Callable[[Any], None]:
-    """What fills in the texts of a specification's `description`, as Xcode shows them."""
+def describe(
+    precision: Precision, preprocessing: Preprocessing, name: str, options: CoreMLOptions
+) -> Callable[[Any], None]:
+    """What fills in the texts of a specification's `description`, as Xcode shows them. name: the model's."""
 
     def fill(description: Any) -> None:
         metadata = description.metadata
         metadata.author = options.author
         metadata.license = options.license
         metadata.versionString = f"vit-export {__version__}"
-        metadata.shortDescription = (
-            f"{request.metadata.get('model', 'Vision Transformer')}, {request.precision}"
-        )
+        metadata.shortDescription = f"{name}, {precision}"
         for feature in description.input:
-            feature.shortDescription = _input_text(request.preprocessing, options)
+            feature.shortDescription = _input_text(preprocessing, options)
         for feature in description.output:
             feature.shortDescription = _OUTPUTS.get(feature.name, "probability of each class")
 

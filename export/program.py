@@ -75,6 +75,12 @@ def exported(program: Program, *, batch_size: int | None = None) -> ExportedProg
     return _export(program.graph, program.image_size, batch, dynamic)
 
 
+def save_decomposed(program: Program, batch_size: int, path: Path) -> None:
+    """Write the program (.pt2) in torch's core operators at a fixed batch: what coremltools reads."""
+    with exact_attention():
+        torch.export.save(exported(program, batch_size=batch_size).run_decompositions({}), path)
+
+
 def save_baseline(program: Program, path: Path) -> None:
     """Write the model as traced, before any rewrite, for the baseline's worker to open."""
     torch.export.save(program.source, path)

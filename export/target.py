@@ -100,8 +100,13 @@ class Target(ABC):
         """Whether artifacts of several sizes can be one that shares their weights (`share`)."""
         return False
 
-    def share(self, artifacts: Sequence[BuiltArtifact], folder: Path) -> tuple[BuiltArtifact, ...]:
-        """One artifact in `folder` for several sizes, described once for each, in their order."""
+    def share(
+        self, artifacts: Sequence[BuiltArtifact], folder: Path, *, timeout: float = 600.0
+    ) -> tuple[BuiltArtifact, ...]:
+        """One artifact in `folder` for several sizes, described once for each, in their order.
+
+        timeout: seconds a vendor's step may take. Raises TargetError when it does not succeed.
+        """
         raise NotImplementedError(f"target {self.name} keeps one artifact a size")
 
     def not_run(self) -> str:

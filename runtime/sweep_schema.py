@@ -54,13 +54,17 @@ class SweepCell(Part, frozen=True, kw_only=True):
 
 
 class StageWork(Part, frozen=True, kw_only=True):
-    """What one stage cost in all: how often it ran, was found in the store or failed, time and traffic."""
+    """What one stage cost in all: how often it ran, was found in the store or failed, time and traffic.
+
+    each: seconds of every task that ran, in no order; what `benchmarks/sweep_plan.py` plans with.
+    """
 
     stage: str
     made: Count = 0
     reused: Count = 0
     failed: Count = 0
     seconds: float = 0.0
+    each: tuple[float, ...] = ()
     read_bytes: Count = 0
     written_bytes: Count = 0
 

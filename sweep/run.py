@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,7 +15,7 @@ from vit_export.runtime.sweep_pages import html, markdown
 from vit_export.runtime.sweep_schema import NAME, StageWork, Sweep, encode
 from vit_export.sweep import cluster
 from vit_export.sweep.collect import collect
-from vit_export.sweep.flow import Flow, Node
+from vit_export.sweep.flow import CellFlow, Flow, Node
 from vit_export.sweep.matrix import Cell
 from vit_export.sweep.tasks import Done
 from vit_export.workspace import workspace
@@ -56,22 +56,14 @@ def run(
         began = time.perf_counter()
         flow = Flow(job.store, cluster.announced(client), threads, job.route)
         flows = [flow.cell(cell) for cell in job.cells]
-        running = _Running(client, notify)
-        for one in flows:
-            if not one.missing:
-                running.submit(one.row)
-        running.wait()  # nothing else runs while latency is measured
         timings = flow.timings(flows, job.again) if job.timed else {}
-        for node, _ in timings.values():
-            running.submit(node)
-        running.wait()
-        done = running.done
+        done = execute(client, flows, [node for node, _ in timings.values()], notify)
         found = Sweep(
             created=datetime.now(timezone.utc),
             command=command,
             groups={},
             cells=(),
-            work=_work(done.values()),
+            work=work_of(done.values()),
             workers=len(client.scheduler_info(n_workers=-1)["workers"]),
             seconds=time.perf_counter() - began,
         )
@@ -80,6 +72,21 @@ def run(
         sweep = collect(rows, measured, done, job.store, job.output, found)
         write(sweep, job.output)
     return sweep
+
+
+def execute(
+    client: Any, flows: Sequence[CellFlow], latency: Sequence[Node], notify: ProgressCallback
+) -> dict[str, Done]:
+    """What became of each task, by its key; latency is measured when nothing else runs any more."""
+    running = _Running(client, notify)
+    for one in flows:
+        if not one.missing:
+            running.submit(one.row)
+    running.wait()
+    for node in latency:
+        running.submit(node)
+    running.wait()
+    return running.done
 
 
 def write(sweep: Sweep, output: Path) -> None:
@@ -153,17 +160,23 @@ def _result(future: Any) -> Done:
     return Done(future.key.partition("-")[0], failed=f"{type(error).__name__}: {words[0][:300]}")
 
 
-def _work(done: Any) -> tuple[StageWork, ...]:
-    found: dict[str, StageWork] = {}
+def work_of(done: Iterable[Done]) -> tuple[StageWork, ...]:
+    """What all tasks of each stage cost."""
+    stages: dict[str, list[Done]] = {}
     for one in done:
-        before = found.get(one.stage, StageWork(stage=one.stage))
-        found[one.stage] = StageWork(
-            stage=one.stage,
-            made=before.made + bool(one.made and not one.failed),
-            reused=before.reused + bool(one.reused and not one.failed),
-            failed=before.failed + bool(one.failed),
-            seconds=before.seconds + one.seconds,
-            read_bytes=before.read_bytes + one.read,
-            written_bytes=before.written_bytes + one.written,
-        )
-    return tuple(found.values())
+        stages.setdefault(one.stage, []).append(one)
+    return tuple(_stage_work(stage, tasks) for stage, tasks in stages.items())
+
+
+def _stage_work(stage: str, tasks: Sequence[Done]) -> StageWork:
+    ran = [one for one in tasks if one.made and not one.failed]
+    return StageWork(
+        stage=stage,
+        made=len(ran),
+        reused=sum(bool(one.reused and not one.failed) for one in tasks),
+        failed=sum(bool(one.failed) for one in tasks),
+        seconds=sum(one.seconds for one in tasks),
+        each=tuple(round(one.seconds, 3) for one in ran),
+        read_bytes=sum(one.read for one in tasks),
+        written_bytes=sum(one.written for one in tasks),
+    )

@@ -36,27 +36,38 @@ class CoreMLTarget(Target):
         )
 
     def _build(self, program: Program, request: BuildRequest) -> tuple[Path, Mapping[str, Any]]:
-        from vit_export.export.coreml_compress import count
-        from vit_export.export.coreml_convert import convert, quiet
-        from vit_export.export.coreml_metadata import describe, facts, finish
+        from vit_export.export.child import in_child
+        from vit_export.export.coreml_convert import Conversion, write_package
+        from vit_export.export.coreml_graph import float_groups, prepared
+        from vit_export.export.coreml_metadata import facts
+        from vit_export.export.program import save_decomposed
 
         options = CoreMLOptions.of(request.options)
         if request.precision is Precision.FP32:  # stays exact: what the others are compared with
             options = replace(options, palettize=0, weights=None)
-        if options.input == "image" and (request.batch_size or 1) != 1:
+        batch = request.batch_size or 1
+        if options.input == "image" and batch != 1:
             raise UsageError("a Core ML package that takes images has batch 1", "use --coreml-input tensor")
-        converted = convert(program, request, options)
-        path = request.folder / "model.mlpackage"
-        with quiet():
-            converted.model.save(str(path))
-        spec = finish(path, describe(request, options), facts(program, request))
+        source, path = request.folder / "source.pt2", request.folder / "model.mlpackage"
+        lowered, grouped = float_groups(program) if options.weights == "int4" else (program, ())
+        save_decomposed(prepared(lowered, options, request.preprocessing), batch, source)
+        asked = Conversion(
+            request.precision, batch, program.image_size, request.preprocessing, options,
+            name=request.metadata.get("model", "Vision Transformer"),
+            channels={layer.weight: layer.shape[0] for layer in program.layers},
+            grouped=grouped,
+            user_defined=facts(program, request),
+        )  # fmt: skip
+        convert = in_child(write_package, timeout=request.timeout, what="the Core ML conversion")
+        compression = convert(source, path, asked)
+        source.unlink()
         details: dict[str, Any] = {
             "deployment_target": options.target,
             "input": options.input,
             "labels": bool(options.labels),
         }
         if options.palettize or request.precision is Precision.INT8:
-            details |= {"palettize": options.palettize, **asdict(count(spec, converted.names))}
+            details |= {"palettize": options.palettize, **asdict(compression)}
         return path, details
 
     def runnable(self, artifact: BuiltArtifact, threads: int) -> Runnable:
@@ -87,12 +98,16 @@ class CoreMLTarget(Target):
             fact["labels"] or fact["deployment_target"] == "iOS17" for fact in facts
         )
 
-    def share(self, artifacts: Sequence[BuiltArtifact], folder: Path) -> tuple[BuiltArtifact, ...]:
+    def share(
+        self, artifacts: Sequence[BuiltArtifact], folder: Path, *, timeout: float = 600.0
+    ) -> tuple[BuiltArtifact, ...]:
         """One package with a function a size, `size_224x224`, weights shared; the first is the default."""
+        from vit_export.export.child import in_child
         from vit_export.export.coreml_functions import combine
 
         names = [f"size_{height}x{width}" for height, width in (a.image_size for a in artifacts)]
-        path = combine({name: a.path for name, a in zip(names, artifacts, strict=True)}, folder)
+        together = in_child(combine, timeout=timeout, what="sharing weights in one Core ML package")
+        path = together({name: a.path for name, a in zip(names, artifacts, strict=True)}, folder)
         return tuple(
             replace(
                 artifact,

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vit_export.export import child
+
 logging.getLogger("coremltools").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="coremltools")
 ct = pytest.importorskip("coremltools")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def conversion_stays_here() -> Iterator[None]:
+    """Conversions run in this process: a child would import torch and coremltools for each of the packages.
+
+    The child itself: tests/store/test_child.py, test_vendor_crash.py; whole exports through it: tests/cli.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "in_child", lambda step, **_: step)
+        yield
 
 
 @pytest.fixture
