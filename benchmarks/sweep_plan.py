@@ -1,6 +1,6 @@
 """A plan of 1,000 cells on 100 workers: Dask's own scheduler and workers, tasks that only sleep.
 
-    python benchmarks/sweep_plan.py OUT/sweep.json [--workers 100] [--images 2000] [--faster 5]
+    python benchmarks/sweep_plan.py OUT/sweep.json [--workers 100] [--images 2000] [--part 128] [--faster 5]
 
 A `LocalCluster` in this process: one `distributed.Scheduler`, `--workers` `distributed.Worker`s with one
 thread each that announce what this machine does, and a `Client`. The tasks, what each waits for and which
@@ -93,9 +93,9 @@ class Plan(Flow):
         return "calib", "eval", "labels", self.images
 
 
-def cells(count: int, models: int) -> list[Cell]:
+def cells(count: int, models: int, part: int) -> list[Cell]:
     """The first `count` cells of models x sizes x targets x precisions."""
-    base = ExportJob(calib=Path("c"), evaluation=Path("e"), part=512)
+    base = ExportJob(calib=Path("c"), evaluation=Path("e"), part=part)
     made = [
         Cell(f"model{m}", {}, only_what_matters(replace(
             base, load=LoadOptions(num_classes=m + 1), image_sizes=(size,), targets=(target,),
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=34)
     parser.add_argument("--workers", type=int, default=100)
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--part", type=int, default=128, help="images a task, as in the given sweep")
     parser.add_argument("--faster", type=float, default=5.0, help="than the tasks that were recorded")
     asked = parser.parse_args()
     recorded = {one.stage: one for one in sweep_schema.read(asked.sweep).work if one.each}
@@ -146,7 +147,7 @@ def main() -> None:
     ):  # fmt: skip
         client.wait_for_workers(asked.workers)
         flow = Plan("store", announced(client), recorded=recorded, images=asked.images, faster=asked.faster)
-        flows = [flow.cell(cell) for cell in cells(asked.cells, asked.models)]
+        flows = [flow.cell(cell) for cell in cells(asked.cells, asked.models, asked.part)]
         latency = [node for node, _ in flow.timings(flows, False).values()]
         done = list(execute(client, flows, latency, lambda *_: None).values())
     report(asked, done, bound(flow.nodes.values(), asked.workers) + bound(latency, asked.workers))
