@@ -34,7 +34,7 @@ from vit_export.runtime import sweep_schema
 from vit_export.runtime.console import make_console, plain_table
 from vit_export.runtime.doctor import diagnose
 from vit_export.runtime.sweep_schema import StageWork
-from vit_export.sweep.cluster import announced, resources
+from vit_export.sweep.cluster import PATIENT, announced, resources
 from vit_export.sweep.flow import CellFlow, Flow, Node, flat
 from vit_export.sweep.matrix import Cell, only_what_matters
 from vit_export.sweep.run import execute, work_of
@@ -43,6 +43,11 @@ from vit_export.sweep.tasks import Done
 SIZES = ((160, 160), (192, 192), (224, 224), (288, 288), (384, 384))
 TARGETS = ("onnx", "openvino")
 PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8)
+_UNWATCHED = {  # every worker looks at its process 50 times a second: a hundred do so in this one
+    "distributed.admin.tick.interval": "1 s",
+    "distributed.admin.system-monitor.interval": "1 h",
+    **PATIENT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +142,7 @@ def main() -> None:
     parser.add_argument("--faster", type=float, default=5.0, help="than the tasks that were recorded")
     asked = parser.parse_args()
     recorded = {one.stage: one for one in sweep_schema.read(asked.sweep).work if one.each}
-    dask.config.set({"distributed.admin.tick.limit": "10 m", "distributed.worker.profile.enabled": False})
+    dask.config.set(_UNWATCHED)
     with (
         LocalCluster(
             n_workers=asked.workers, threads_per_worker=1, processes=False, memory_limit=0,

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 MEMORY_A_WORKER = 4 << 30  # bytes; a trace of a ViT-L with its weights and a calibration batch fits
 NO_DASHBOARD = "" if installed("bokeh") else " (its pages need bokeh)"
+# A task holds the interpreter for seconds (tracing, conversion), and a loaded machine answers late: neither is dead.
+PATIENT = {
+    "distributed.admin.tick.limit": "10 m",
+    "distributed.comm.timeouts.tcp": "5 m",
+    "distributed.worker.profile.enabled": False,
+}
 _PATIENCE = 30  # seconds to wait for a scheduler, and for its first worker
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -66,16 +72,14 @@ def connected(scheduler: str | None, tls: Tls, workers: int | None = None) -> It
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
-        with _joined(Client, scheduler, tls) as client:
+        with dask.config.set(PATIENT), _joined(Client, scheduler, tls) as client:
             yield client, 0
         return
     count = workers or local_size()
     threads = max(1, physical_cores() // count)
     found = resources(diagnose(probe=False))
-    # A task holds the interpreter for seconds (tracing, conversion): that is work, not a hung worker.
-    patient = {"distributed.admin.tick.limit": "10 m", "distributed.worker.profile.enabled": False}
     with (
-        dask.config.set(patient),
+        dask.config.set(PATIENT),
         LocalCluster(
             n_workers=count,
             threads_per_worker=1,

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from vit_export.errors import RunnerError
 from vit_export.runtime.files import write_atomic
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.sweep_pages import html, markdown
@@ -152,6 +153,10 @@ def _call(function: Callable[..., Done], arguments: tuple[Any, ...], *before: An
 
 
 def _result(future: Any) -> Done:
+    """Raises RunnerError when the scheduler is gone; what else a task raises is its failure."""
+    if future.cancelled():
+        hint = "run the same command again: what had finished is in the store"
+        raise RunnerError("the connection to the Dask scheduler was lost", hint)
     error = future.exception()
     if error is None:
         found: Done = future.result()

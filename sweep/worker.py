@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from vit_export.errors import UsageError
 from vit_export.runtime.doctor import diagnose
-from vit_export.sweep.cluster import Tls, reachable, require, resources
+from vit_export.sweep.cluster import PATIENT, Tls, reachable, require, resources
 
 
 def serve(
@@ -29,16 +29,18 @@ def serve(
 
 
 async def _serve(scheduler: str, found: dict[str, float], name: str | None, tls: Tls) -> None:
+    import dask
     from distributed import Nanny
 
     # The nanny starts the worker again when a vendor's library takes it down.
-    async with Nanny(
-        scheduler,
-        nthreads=1,
-        resources=found,
-        name=name,
-        memory_limit=0,
-        security=tls.security(),
-        death_timeout=60,
-    ) as nanny:
-        await nanny.finished()
+    with dask.config.set(PATIENT):
+        async with Nanny(
+            scheduler,
+            nthreads=1,
+            resources=found,
+            name=name,
+            memory_limit=0,
+            security=tls.security(),
+            death_timeout=60,
+        ) as nanny:
+            await nanny.finished()

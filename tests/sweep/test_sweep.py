@@ -20,6 +20,7 @@ from distributed import Client
 from vit_export import one_size, pipeline
 from vit_export.artifacts import Precision
 from vit_export.calibration.percentile import PercentileConfig
+from vit_export.errors import RunnerError
 from vit_export.job import ExportJob
 from vit_export.runtime import gate, sweep_schema
 from vit_export.runtime.latency import Timings
@@ -66,6 +67,10 @@ class Cluster:
     def kill_a_worker(self) -> None:
         """SIGKILL to the first worker, its nanny and what they had started."""
         self._kill(self._processes.pop(1))
+
+    def kill_the_scheduler(self) -> None:
+        """SIGKILL to the scheduler."""
+        self._kill(self._processes.pop(0))
 
     def _start(self, module: str, *arguments: str) -> None:
         command = [sys.executable, "-m", module, *arguments]
@@ -181,6 +186,27 @@ def test_a_bad_cell_is_a_failed_row(cluster: Cluster, tmp_path: Path) -> None:
     (cell,) = sweep.cells
     assert cell.status == "failed" and "50x50 does not fit" in cell.reason
     assert run.exit_code(sweep) == 3 and sweep.groups == {}
+
+
+def test_a_lost_scheduler_is_said(tmp_path: Path) -> None:
+    """A scheduler that dies in the middle ends the sweep with one error; the next run goes on from the store."""
+    wanted = cells({"digits-vit": {}}, ((48, 48),), ("onnx",), (Precision.FP32,))
+    with Cluster(tmp_path) as cluster:
+        gone = []
+
+        def kill(stage: str, done: int, total: int) -> None:
+            if not gone:
+                gone.append(cluster.kill_the_scheduler())
+
+        with pytest.raises(RunnerError, match="Dask scheduler was lost\n  run the same command again"):
+            swept(wanted, tmp_path, cluster.address, kill)
+    sweep = run.run(
+        run.SweepJob(wanted, tmp_path / "out", str(tmp_path / "store"), workers=1, timed=False),
+        "",
+        lambda *_: None,
+    )
+    assert [cell.status for cell in sweep.cells] == ["ok"]
+    assert "prepare" in {work.stage for work in sweep.work if work.reused}
 
 
 @pytest.mark.slow
