@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MEMORY_A_WORKER = 4 << 30  # bytes; a trace of a ViT-L with its weights and a calibration batch fits
 NO_DASHBOARD = "" if installed("bokeh") else " (its pages need bokeh)"
-# A task holds the interpreter for seconds (tracing, conversion), and a loaded machine answers late: neither is dead.
+# A task holds the interpreter for seconds (tracing, conversion), a loaded machine answers late: both live.
 PATIENT = {
     "distributed.admin.tick.limit": "10 m",
     "distributed.comm.timeouts.tcp": "5 m",
