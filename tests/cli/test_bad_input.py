@@ -137,6 +137,24 @@ def test_nan_activations_are_located(vit_export: Any, tmp_path: Path, photos: Pa
     _refused(run, 2, "NaN or Inf", "first in bad")
 
 
+def test_float16_overflow_is_located(vit_export: Any, tmp_path: Path, photos: Path) -> None:
+    """Activations beyond float16 are in the report by their module's path, before any device meets them."""
+    model = _factory(tmp_path, extra="net.body[1].weight.data *= 1e6")
+    options = (
+        "--image-size",
+        16,
+        "--eval",
+        photos / "class0",
+        "--target",
+        "openvino",
+        "--fp16",
+        "--no-bundle",
+    )
+    run = vit_export("--model", model, *options, "--output", tmp_path / "out")
+    assert run.code == 0, run.err
+    assert "float16 holds 65504 at most and overflows in body.1 (" in (tmp_path / "out/report.md").read_text()
+
+
 def test_output_that_cannot_be_written(vit_export: Any, tmp_path: Path) -> None:
     """An output below a file is refused before the model is loaded."""
     (tmp_path / "file").write_text("x")
