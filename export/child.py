@@ -4,8 +4,8 @@
 
 The step is a module-level function whose arguments and result are what JSON and dataclasses can hold. Its
 module imports torch only where the SDK needs it (Core ML's does), so that a child costs only its own SDK.
-Arguments go in by stdin, which then stays open: a child whose parent was killed sees it close and ends. What a
-library prints goes to a file, of which the last line is quoted when the child dies.
+Arguments go in by stdin, which then stays open: a child whose parent was killed sees it close and ends. What
+a library prints goes to a file, of which the last line is quoted when the child dies.
 """
 
 from __future__ import annotations
