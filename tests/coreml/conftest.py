@@ -17,7 +17,7 @@ warnings.filterwarnings("ignore", module="coremltools")
 ct = pytest.importorskip("coremltools")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def conversion_stays_here() -> Iterator[None]:
     """Conversions run in this process: a child would import torch and coremltools for each of the packages.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,20 @@ def export(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Rep
     timings = Timings({"pytorch": (np.full(50, 1_000_000),)})
     monkeypatch.setattr(one_size, "alternate", lambda *_, **__: timings)
 
-    def run(step: str, targets: tuple[str, ...], timeout: float = 120.0) -> Report:
+    def run(step: str, targets: tuple[str, ...], only: str = "", **changes: Any) -> Report:
         import steps
 
-        def instead(_: Any, *, timeout: float, what: str) -> Callable[..., Any]:
+        def instead(vendors: Any, *, timeout: float, what: str) -> Callable[..., Any]:
+            if only not in vendors.__name__:
+                return vendors
             return lambda *_: real(getattr(steps, step), timeout=timeout, what=what)()
 
         monkeypatch.setattr(child, "in_child", instead)
         job = ExportJob(
             targets=targets, precisions=(Precision.INT8,), eval_size=8, calib_size=4, threads=1,
-            bundle_images=None, output=tmp_path, choices=Choices(MinMaxConfig()), timeout=timeout,
+            bundle_images=None, output=tmp_path, choices=Choices(MinMaxConfig()), resume=False,
         )  # fmt: skip
-        return pipeline.run(job)
+        return pipeline.run(replace(job, **changes))
 
     return run
 
@@ -61,6 +64,16 @@ def test_a_crash_is_a_row(export: Callable[..., Report], tmp_path: Path) -> None
 
 def test_a_hang_is_a_row(export: Callable[..., Report]) -> None:
     """A step that does not end within --timeout is killed, and its row says how to give it more."""
-    (result,) = export("hang", ("coreml",), 60.0).results
+    (result,) = export("hang", ("coreml",), timeout=60.0).results
     assert result.status == "failed"
     assert "the Core ML conversion did not end within 60 s" in result.reason
+
+
+def test_packages_that_cannot_be_joined_stay_apart(export: Callable[..., Report], tmp_path: Path) -> None:
+    """A crash while sizes are joined in one Core ML package leaves one package a size, and says so."""
+    sizes = {"image_sizes": ((48, 48), (64, 64)), "precisions": (Precision.FP16,)}
+    report = export("crash", ("coreml",), "combine", **sizes)
+    for result in report.results:
+        assert result.status == "ok" and (tmp_path / str(result.artifact)).exists()
+        assert "in one Core ML package died with SIGSEGV" in result.notes[-1]
+    assert len({result.artifact for result in report.results}) == 2
