@@ -48,6 +48,7 @@ def _sections(report: Report, folder: Path | None) -> Iterator[Node | None]:
     cards = el("div", *(_card(result) for result in report.results), class_="cards")
     yield section("Verdicts", el("p", summary(report), class_="lead"), cards if report.results else None)
     yield section("Results", _results(report), el("p", LEGEND, class_="soft"))
+    yield section("Notes", items(report.model.notes))
     drawn = figures.of_report(report) if available() else []
     yield section(
         "Charts",

@@ -27,6 +27,7 @@ def render(report: Report) -> bytes:
     parts = [
         _head(report),
         _sweep(report),
+        _notes(report),
         _verdicts(report),
         _data(report),
         *map(_section, sections(report)),
@@ -85,6 +86,14 @@ def _section(section: Section) -> Iterator[str]:
     yield from table(section.headers, section.rows)
     yield ""
     yield f"{escape(section.caption)}."
+
+
+def _notes(report: Report) -> Iterator[str]:
+    """What was noticed of the model and its images: random weights, too few images, overflow of float16."""
+    if report.model.notes:
+        yield "## Notes"
+        yield ""
+        yield from (f"- {escape(note)}" for note in report.model.notes)
 
 
 def _verdicts(report: Report) -> Iterator[str]:

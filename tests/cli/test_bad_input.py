@@ -152,7 +152,10 @@ def test_float16_overflow_is_located(vit_export: Any, tmp_path: Path, photos: Pa
     )
     run = vit_export("--model", model, *options, "--output", tmp_path / "out")
     assert run.code == 0, run.err
-    assert "float16 holds 65504 at most and overflows in body.1 (" in (tmp_path / "out/report.md").read_text()
+    words = "float16 holds 65504 at most and overflows in body.1 ("
+    assert words in run.out.replace("\n", " ")
+    for name in ("report.md", "report.html", "report.json"):
+        assert words in (tmp_path / "out" / name).read_text(), name
 
 
 def test_output_that_cannot_be_written(vit_export: Any, tmp_path: Path) -> None:
