@@ -38,7 +38,7 @@ def export(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Rep
         def instead(vendors: Any, *, timeout: float, what: str) -> Callable[..., Any]:
             if only not in vendors.__name__:
                 return vendors
-            return lambda *_: real(getattr(steps, step), timeout=timeout, what=what)()
+            return lambda *_, **__: real(getattr(steps, step), timeout=timeout, what=what)()
 
         monkeypatch.setattr(child, "in_child", instead)
         job = ExportJob(
