@@ -39,7 +39,7 @@ class Conversion:
     """What is made of a program. name: of the model, for the package's description.
 
     channels: full name of each linear's or convolution's weight → output channels, for palettes. grouped:
-    full names of the weights that lie on a grid of four-bit blocks. user_defined: metadata (`coreml_metadata.facts`).
+    full names of the weights that lie on a grid of four-bit blocks. user_defined: `coreml_metadata.facts`.
     """
 
     precision: Precision
