@@ -25,6 +25,7 @@ from vit_export.calibration.plan import read as read_plan
 from vit_export.calibration.plan import save as save_plan
 from vit_export.calibration.preprocess import Batches, batches
 from vit_export.export import rewritten
+from vit_export.export.center import center
 from vit_export.export.quantize import quantize
 from vit_export.export.target import Target
 from vit_export.job import ExportJob
@@ -45,6 +46,8 @@ def export(program: Program, plan: QuantPlan | None, target: Target, request: Bu
     profile = target.profile(request.precision, {**request.options, "opset": request.opset})
     if request.precision is Precision.INT8 and plan is not None:
         program = quantize(program, plan, profile)
+    elif profile.rest == "float16" and request.samples is not None:
+        program = center(program, request.samples)
     return target.build(program, request)
 
 

@@ -28,8 +28,8 @@ from vit_export.artifacts import (
     Positions,
     Precision,
     Preprocessing,
-    Program,
 )
+from vit_export.build_size import export
 from vit_export.calibration.collect import calibrate
 from vit_export.calibration.images import BadImage, open_images
 from vit_export.calibration.observers import MinMaxConfig
@@ -37,7 +37,6 @@ from vit_export.calibration.plan import plan
 from vit_export.calibration.preprocess import to_pixels
 from vit_export.export.peaks import run_graph
 from vit_export.export.program import trace
-from vit_export.export.quantize import quantize
 from vit_export.export.targets.tensorrt_engine import TensorRtTarget
 
 LIMITS_DB = {Precision.FP16: 55.0, Precision.INT8: 20.0}
@@ -107,21 +106,21 @@ def results(
     ranges = calibrate(
         program, [calibration[i : i + 8] for i in range(0, len(calibration), 8)], MinMaxConfig()
     )
-    int8 = quantize(program, plan(ranges, program.layers), target.profile(Precision.INT8, {}))
+    chosen = plan(ranges, program.layers)
     with torch.inference_mode():
         reference = program.graph(torch.from_numpy(judged)).numpy()
-    runs: list[tuple[str, Precision, Program, dict[str, object]]] = [
-        ("FP16", Precision.FP16, program, {}),
-        ("int8 linears, FP16 attention", Precision.INT8, int8, {"int8_attention": "off"}),
-        ("int8 linears, attention chosen", Precision.INT8, int8, {"int8_attention": "auto"}),
-        ("int8 linears and attention", Precision.INT8, int8, {"int8_attention": "on"}),
+    runs: list[tuple[str, Precision, dict[str, object]]] = [
+        ("FP16", Precision.FP16, {}),
+        ("int8 linears, FP16 attention", Precision.INT8, {"int8_attention": "off"}),
+        ("int8 linears, attention chosen", Precision.INT8, {"int8_attention": "auto"}),
+        ("int8 linears and attention", Precision.INT8, {"int8_attention": "on"}),
     ]
-    for what, precision, source, options in runs:
+    for what, precision, options in runs:
         with tempfile.TemporaryDirectory() as folder:
             request = BuildRequest(
                 precision, Path(folder), model.preprocessing, samples=calibration[:4], options=options
             )
-            artifact = target.build(source, request)
+            artifact = export(program, chosen, target, request)
             answer = run_graph(artifact.path.with_suffix(".onnx"), judged, rounded=True)
             yield what, precision, sqnr_db(reference, answer), dict(artifact.details)
 

@@ -5,13 +5,14 @@ that read them, as long as nothing in between mixes channels. Rather than match 
 models write that path (a joined qkv, heads split by view or by unbind, windows, class token alone), an
 array of channel numbers is sent through the same operators next to the real values, and read where it
 arrives. Attention passes on the channels of its values: it averages over tokens with weights that sum to 1,
-so a factor and a constant pass as well.
+so a factor and a constant pass as well. Of its keys it sees no constant at all: all scores of a query would
+move by the same number, which softmax takes back.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,10 +70,22 @@ def find_groups(program: Program) -> tuple[ChannelGroup, ...]:
 
     One forward of seeded noise. A weight that two layers share makes its readers ineligible.
     """
+    return tuple(_traced(program).groups())
+
+
+def find_keys(program: Program) -> Mapping[str, Tensor]:
+    """Channels that nothing but attention reads, as keys: source node → sorted int64 channels of it.
+
+    A constant may be added to each of them without changing the network. One forward of seeded noise.
+    """
+    return dict(_traced(program).keys())
+
+
+def _traced(program: Program) -> _Tracer:
     tracer = _Tracer(program)
     with torch.inference_mode():
         tracer.run(example(program.image_size, 1 if program.dynamic_batch else program.batch_size))
-    return tuple(tracer.groups())
+    return tracer
 
 
 def loose(program: Program, groups: Iterable[ChannelGroup]) -> tuple[ChannelGroup, ...]:
@@ -102,12 +115,17 @@ class _Source:
     node: Node
     size: int
     leaked: set[int] = field(default_factory=set)
+    keys: set[int] = field(default_factory=set)
     consumers: list[Consumer] = field(default_factory=list)
     heads: dict[tuple[int, ...], None] = field(default_factory=dict)  # in order
 
     def leak(self, ids: Tensor) -> None:
-        """These channels are read by something that a factor would change."""
+        """These channels are read by something that a factor or a constant would change."""
         self.leaked.update(torch.unique(ids).tolist())
+
+    def read(self) -> set[int]:
+        """Channels that layers read."""
+        return {int(channel) for consumer in self.consumers for channel in consumer.channels}
 
 
 class _Tracer(Interpreter):
@@ -123,11 +141,17 @@ class _Tracer(Interpreter):
     def groups(self) -> Iterator[ChannelGroup]:
         """What can be changed, once the graph has run."""
         for name, source in self._sources.items():
-            kept = tuple(source.consumers)
-            read = {int(channel) for consumer in kept for channel in consumer.channels}
-            if kept and not read & source.leaked:
+            if source.consumers and not source.read() & (source.leaked | source.keys):
                 heads = tuple(torch.tensor(head) for head in source.heads)
-                yield ChannelGroup(name, module_path(source.node), source.size, kept, heads)
+                yield ChannelGroup(
+                    name, module_path(source.node), source.size, tuple(source.consumers), heads
+                )
+
+    def keys(self) -> Iterator[tuple[str, Tensor]]:
+        """Sources with channels that are keys and nothing else, once the graph has run."""
+        for name, source in self._sources.items():
+            if free := sorted(source.keys - source.leaked - source.read()):
+                yield name, torch.tensor(free)
 
     def run_node(self, n: Node) -> Any:
         carried = {i: self._ids[i] for i in n.all_input_nodes if self._ids.get(i)}
@@ -143,6 +167,8 @@ class _Tracer(Interpreter):
                         found[name] = mixed
                         rows = mixed[..., 0, :].reshape(-1, mixed.shape[-1])
                         self._sources[name].heads |= dict.fromkeys(map(tuple, rows.tolist()))
+                    elif _as_keys(n, node, ids):
+                        self._sources[name].keys.update(torch.unique(ids).tolist())
                     else:
                         self._sources[name].leak(ids)
         value = super().run_node(n) if value is None else value
@@ -227,6 +253,13 @@ def _through_attention(n: Node, node: Node, ids: Tensor, value: Any) -> Tensor |
     if not is_values or not bool((ids == ids[..., :1, :]).all()) or ids.shape[:-2] != value.shape[:-2]:
         return None
     return ids[..., :1, :].expand(value.shape)
+
+
+def _as_keys(n: Node, node: Node, ids: Tensor) -> bool:
+    """Whether attention reads `node` as its keys [..., N, D] alone, each token with the same numbers."""
+    if n.target is not aten.scaled_dot_product_attention.default:
+        return False
+    return [i for i, a in enumerate(n.args) if a is node] == [1] and bool((ids == ids[..., :1, :]).all())
 
 
 def _is_softmax(value: object) -> bool:

@@ -135,13 +135,13 @@ def equalize(program: Program, choices: Sequence[Equalization]) -> Program:
             layers[name] = _absorb(edit, nodes[consumer.layer.node], layers[name], scale, shift)
         source = nodes[choice.group.source]
         if source.target is aten.layer_norm.default:
-            change_constant(edit, source, 2, lambda weight, c=choice: weight / c.scale)
+            _multiply(edit, source, 2, 1 / choice.scale)
             change_constant(edit, source, 3, lambda bias, c=choice: (bias - c.shift) / c.scale)
         elif source.target is not aten.linear.default:
             _divide(edit, source, [nodes[c.layer.node] for c in choice.group.consumers], choice.scale)
         else:
             layer = next(one for one in layers.values() if one.node == choice.group.source)
-            change_constant(edit, source, 1, lambda weight, c=choice: weight / c.scale[:, None])
+            _multiply(edit, source, 1, 1 / choice.scale[:, None])
             layers[layer.name] = change_bias(
                 edit, source, layer, lambda bias, c=choice: (bias - c.shift) / c.scale
             )
@@ -161,8 +161,14 @@ def _absorb(edit: Edit, node: Node, layer: Layer, scale: Tensor, shift: Tensor) 
     weight = edit.tensors[layer.weight]
     spatial = weight.reshape(*weight.shape[:2], -1).sum(-1)
     layer = change_bias(edit, node, layer, lambda bias: bias + spatial @ shift)
-    change_constant(edit, node, 1, lambda w: w * scale.reshape(1, -1, *[1] * (w.ndim - 2)))
+    _multiply(edit, node, 1, scale.reshape(1, -1, *[1] * (weight.ndim - 2)))
     return layer
+
+
+def _multiply(edit: Edit, node: Node, index: int, factor: Tensor) -> None:
+    """Multiply a constant; ones leave it shared with the program it came from."""
+    if bool((factor != 1).any()):
+        change_constant(edit, node, index, lambda value: value * factor)
 
 
 def _column_peaks(program: Program, layer: Layer) -> Tensor:
