@@ -41,6 +41,7 @@ class Costs:
         self._notify = notify
         self._found: dict[str, StageCost] = {}
         self._stage, self._since, self._peak = "", time.perf_counter(), 0
+        self._changing = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -65,7 +66,8 @@ class Costs:
         if stage != self._stage:
             self._close()
             give_back()
-            self._stage, self._since, self._peak = stage, time.perf_counter(), _resident(os.getpid())
+            with self._changing:
+                self._stage, self._since, self._peak = stage, time.perf_counter(), _resident(os.getpid())
             _reset_peak()
 
     def so_far(self) -> tuple[StageCost, ...]:
@@ -87,7 +89,10 @@ class Costs:
 
     def _look(self) -> None:
         while not self._ended.wait(_PERIOD):
-            self._peak = max(self._peak, sum(map(_resident, _family(os.getpid()))))
+            stage, found = self._stage, sum(map(_resident, _family(os.getpid())))
+            with self._changing:
+                if stage == self._stage:  # else it was looked at in the one before
+                    self._peak = max(self._peak, found)
 
 
 def give_back() -> None:
