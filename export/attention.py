@@ -141,7 +141,7 @@ def _first_query(node: Node, reach: int = _REACH) -> int | None:
     while reach > 0 and node.args and isinstance(node.args[0], Node):
         node, reach = node.args[0], reach - 1
         if node.target is aten.slice.Tensor and len(node.args) > 2 and node.args[1] not in (-1, 0):
-            return int(node.args[2])
+            return int(node.args[2])  # type: ignore[arg-type]
         if node.target is aten.layer_norm.default:
             return None
     return None
@@ -192,7 +192,9 @@ def _layer(seen: Seen, both: tuple[Tensor, ...], batch: int, patches: Size | Non
         heads=heads,
         queries=int(shape[-2]),
         keys=int(shape[-1]),
-        query="class token" if _has_class(*shape[-2:], patches) and known else "mean of all tokens",
+        query="class token"
+        if _has_class(int(shape[-2]), int(shape[-1]), patches) and known
+        else "mean of all tokens",
         grid=(known[0].shape[1], known[0].shape[2]) if known else None,
         float_maps=known[0] if known else None,
         int8_maps=known[1] if len(known) > 1 else None,
@@ -246,7 +248,7 @@ def class_row(weights: Tensor, patches: Size | None) -> Tensor:
     weights: [heads, queries, keys]. Without prefix tokens the mean over all queries; a single query, as in
     attention pooling, speaks for itself.
     """
-    return weights[:, 0] if _has_class(*weights.shape[1:], patches) else weights.mean(1)
+    return weights[:, 0] if _has_class(weights.shape[1], weights.shape[2], patches) else weights.mean(1)
 
 
 def _has_class(queries: int, keys: int, patches: Size | None) -> bool:

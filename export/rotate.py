@@ -92,7 +92,7 @@ def _can_turn(
 
 def _absorbs(group: ChannelGroup | None) -> bool:
     """Whether every reader of a norm reads all of its channels."""
-    return group is not None and all(len(c.channels.unique()) == group.size for c in group.consumers)
+    return group is not None and all(len(set(c.channels.tolist())) == group.size for c in group.consumers)
 
 
 def _turned_back(stream: Stream, groups: Mapping[str, ChannelGroup]) -> list[tuple[Node, Node]]:
@@ -118,7 +118,7 @@ class _Turning:
         for norm in stream.norms:
             group = groups.get(norm.name)
             if group is not None and _absorbs(group):
-                whole = torch.block_diag(*[turn] * (group.size // stream.size))
+                whole = torch.kron(torch.eye(group.size // stream.size, dtype=turn.dtype), turn)
                 self._absorb(group, whole)
         for linear in stream.linears:
             change_constant(self.edit, self.nodes[linear.name], 1, lambda w: _columns(w, turn))
@@ -182,7 +182,8 @@ def _columns(weight: Tensor, turn: Tensor) -> Tensor:
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix, float64 [size, size]."""
     factor, upper = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return factor * upper.diagonal().sign()
+    matrix: Tensor = factor * upper.diagonal().sign()
+    return matrix
 
 
 def keeping_ones(size: int, generator: torch.Generator) -> Tensor:
@@ -192,4 +193,5 @@ def keeping_ones(size: int, generator: torch.Generator) -> Tensor:
     basis = torch.linalg.qr(basis)[0]
     inner = torch.eye(size, dtype=torch.float64)
     inner[1:, 1:] = orthogonal(size - 1, generator)
-    return basis @ inner @ basis.T
+    matrix: Tensor = basis @ inner @ basis.T
+    return matrix

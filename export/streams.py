@@ -108,12 +108,12 @@ class _Tracer(Interpreter):
             ids = averaged(n, held.ids)
             return None if ids is None else _Carried(held.stream, ids)
         if n.target is aten.cat.default and all(part in read for part in n.args[0]):  # type: ignore[union-attr]
-            parts = [read[part] for part in n.args[0]]  # type: ignore[union-attr]
+            parts = [read[part] for part in n.args[0]]  # type: ignore[union-attr, index]
             dim = n.args[1] if len(n.args) > 1 else 0
             return _Carried(self._joined(parts), torch.cat([p.ids for p in parts], dim))  # type: ignore[arg-type]
         if n.target is aten.add.Tensor and len(n.args) == 2 and all(arg in read for arg in n.args):
             one, other = (read[arg] for arg in n.args)  # type: ignore[index]
-            ids = torch.broadcast_tensors(one.ids, other.ids)
+            ids = torch.broadcast_tensors(one.ids, other.ids)  # type: ignore[no-untyped-call]
             return _Carried(self._joined([one, other]), ids[0]) if torch.equal(*ids) else None
         return None
 
