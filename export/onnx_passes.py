@@ -92,13 +92,16 @@ def fold_weight_transposes(model: ir.Model) -> None:
 def merge_heads(model: ir.Model) -> None:
     """Let Attention split heads itself: it takes [B, N, C] as well as [B, H, N, D].
 
-    Removes the Reshape and Transpose (and Slice, Squeeze for a joined qkv) around each Attention.
+    Removes the Reshape and Transpose (and Slice, Squeeze for a joined qkv) around each Attention. Queries
+    that are cut out of all tokens, behind the heads, are cut before them.
     """
     for node in list(model.graph):
         if node.op_type != "Attention" or len(node.outputs) != 1:
             continue
         merged = _merged_output(node)
-        sources = [_head_source(value) for value in node.inputs[:3]]
+        cut = _cut_tokens(node.inputs[0])
+        queries = node.inputs[0] if cut is None else cut.inputs[0]
+        sources = [_head_source(value) for value in (queries, *node.inputs[1:3])]
         if merged is None or any(source is None for source in sources):
             continue
         heads = {source[1] for source in sources if source is not None}
@@ -110,6 +113,8 @@ def merge_heads(model: ir.Model) -> None:
             values = list(_split(node, values[0], 3))
         elif joined != [None, None, None]:
             continue
+        if cut is not None:
+            values[0] = _cut_before_heads(model, node, cut, values[0])
         for index, value in enumerate(values):
             node.replace_input_with(index, value)
         count = heads.pop()
@@ -126,6 +131,19 @@ def _split(node: ir.Node, value: ir.Value, parts: int) -> Sequence[ir.Value]:
     assert node.graph is not None
     node.graph.insert_before(node, made)
     return list(made.outputs)
+
+
+def _cut_tokens(value: ir.Value | None) -> ir.Node | None:
+    """The Slice that takes some tokens of [B, H, N, D], if it makes `value`."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == "Slice" and _ints(node, 3) == [2] else None
+
+
+def _cut_before_heads(model: ir.Model, node: ir.Node, cut: ir.Node, value: ir.Value) -> ir.Value:
+    """The same tokens of [B, N, C], in front of an Attention."""
+    name = "axis_of_tokens"
+    axis = model.graph.initializers.get(name) or add_initializer(model, name, np.array([1], np.int64))
+    return _like(node, "Slice", [value, *cut.inputs[1:3], axis]).outputs[0]
 
 
 def _head_source(value: ir.Value | None) -> tuple[ir.Value, int, int | None] | None:

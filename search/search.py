@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from vit_export.export.channels import ChannelGroup, find_groups, loose
 from vit_export.export.equalize import Equalization, division, equalization, equalize
 from vit_export.export.fake_quant import fake_quantized
 from vit_export.export.quantize import quantize
-from vit_export.export.rotate import rotate
+from vit_export.export.rotate import Rotated, rotate
 from vit_export.export.rounding import round_weights
 from vit_export.search.choices import Choices
 from vit_export.search.judge import Judge, Score
@@ -89,8 +90,7 @@ class Search:
         allowed = max(_TIMES * (time.monotonic() - start), _LEAST)
         self._deadline = start + (allowed if self.choices.budget is None else self.choices.budget)
         judge = self._judge(held) if held is not None else None
-        best = self._rotated(plain, fit, judge)
-        best = self._equalized(best, judge)
+        best = self._turned(plain, fit, judge)
         best = self._divided(best, judge)
         best = self._rounded(best, fit, judge)
         best = self._corrected(best, fit, judge)
@@ -129,7 +129,7 @@ class Search:
         return _Candidate(program, program, program, self._ranges(program, (), stats), stats, turned)
 
     def _judge(self, held: Batches) -> Judge:
-        steps = sum(len(one) - 1 for one in self.choices.methods) + 1
+        steps = sum(len(one) - 1 for one in self.choices.methods) + len(self.choices.alphas)
         done = iter(range(1, 1000))
         self.notify("search", 0, steps)
         return Judge(
@@ -137,19 +137,28 @@ class Search:
             seen=lambda: self.notify("search", min(next(done), steps), steps),
         )  # fmt: skip
 
-    def _rotated(self, plain: _Candidate, fit: Batches, judge: Judge | None) -> _Candidate:
-        """The program with its streams and heads turned; as it is where none can be."""
-        if self.choices.rotate == (False,):
-            return plain
-        turned = rotate(self.program, self.seed)
+    def _turned(self, plain: _Candidate, fit: Batches, judge: Judge | None) -> _Candidate:
+        """The better of the program as it is and with streams and heads turned, both equalised."""
+        turned = Rotated(self.program) if self.choices.rotate == (False,) else rotate(self.program, self.seed)
         if turned.program is self.program:
-            return plain
+            return self._equalized(plain, judge)
+        rows: dict[str, list[Decision]] = {}
 
-        def make() -> _Candidate:
-            return self._observed(turned.program, fit, turned.norms)
+        def equalized(option: str) -> _Candidate:
+            start = plain if option == "off" else self._observed(turned.program, fit, turned.norms)
+            before = len(self.decisions)
+            best = self._equalized(start, judge)
+            rows[option], self.decisions[before:] = self.decisions[before:], []
+            return best
 
-        options = [("on" if on else "off", make if on else lambda: plain) for on in self.choices.rotate]
-        return self._best("rotate", options, judge)
+        options = ["on" if on else "off" for on in self.choices.rotate]
+        best = self._best("rotate", [(name, partial(equalized, name)) for name in options], judge)
+        taken = "off" if best.observed is self.program else "on"
+        for option, decisions in rows.items():
+            note = "turned" if option == "on" else ""
+            kept = (replace(d, taken=d.taken and option == taken, note=d.note or note) for d in decisions)
+            self.decisions += kept
+        return best
 
     def _equalized(self, best: _Candidate, judge: Judge | None) -> _Candidate:
         groups: list[ChannelGroup] = []

@@ -75,7 +75,7 @@ def test_search_beats_plain_ranges_on_fresh_images(
 
 def test_every_option_is_listed_and_the_best_is_taken(found: Found) -> None:
     """Each choice has one taken option, that with the highest SQNR among those judged."""
-    counts = {"rotate": 2, "equalize": len(AUTO.alphas), "rounding": 2, "bias correction": 2}
+    counts = {"rotate": 2, "equalize": 2 * len(AUTO.alphas), "rounding": 2, "bias correction": 2}
     for choice, count in counts.items():
         rows = [d for d in found.plan.decisions if d.choice == choice]
         (taken,) = (d for d in rows if d.taken)
