@@ -75,11 +75,20 @@ def test_search_beats_plain_ranges_on_fresh_images(
 
 def test_every_option_is_listed_and_the_best_is_taken(found: Found) -> None:
     """Each choice has one taken option, that with the highest SQNR among those judged."""
-    counts = {"rotate": 2, "equalize": 2 * len(AUTO.alphas), "rounding": 2, "bias correction": 2}
-    for choice, count in counts.items():
+    for choice, count in (("equalize", 2 * len(AUTO.alphas)), ("rounding", 2), ("bias correction", 2)):
         rows = [d for d in found.plan.decisions if d.choice == choice]
         (taken,) = (d for d in rows if d.taken)
-        assert len(rows) == count and taken.sqnr_db == max(d.sqnr_db for d in rows if d.sqnr_db is not None)
+        same = [d for d in rows if choice != "equalize" or d.note == taken.note]  # with or without rotation
+        assert len(rows) == count and taken.sqnr_db == max(d.sqnr_db for d in same if d.sqnr_db is not None)
+
+
+def test_rotation_stays_unless_it_clearly_loses(found: Found) -> None:
+    """It bounds what new images reach, which images like the calibration ones do not show: 1 dB of trust."""
+    off, on = (d for d in found.plan.decisions if d.choice == "rotate")
+    assert (off.option, on.option) == ("off", "on") and off.taken is not on.taken
+    assert on.taken is ((on.sqnr_db or 0) > (off.sqnr_db or 0) - 1.0)
+    (equalized,) = (d for d in found.plan.decisions if d.choice == "equalize" and d.taken)
+    assert (equalized.note == "turned") is on.taken
 
 
 @pytest.mark.parametrize("factor", [1, 30])
