@@ -23,7 +23,10 @@ ARGUMENTS = (
     "--target", "onnx", "--target", "openvino", "--int8", "--calib-method", "minmax", "--eval-size", "16",
     "--calib-size", "8", "--threads", "1", "--no-bundle", "--quiet",
 )  # fmt: skip
-TIMES = ("latency_ms", "speedup", "speedup_vs_fp16", "peak_rss_bytes", "verdict", "verdict_reason", "gates")
+TIMES = (
+    "latency_ms", "speedup", "speedup_vs_fp16", "roofline", "peak_rss_bytes", "verdict", "verdict_reason",
+    "gates",
+)  # fmt: skip
 
 
 def command(output: Path, moment: int | str = 0, action: str = "kill") -> list[str]:

@@ -30,7 +30,10 @@ from vit_export.search.choices import Choices
 from vit_export.sweep import matrix, run
 from vit_export.sweep.matrix import Cell
 
-TIMES = ("latency_ms", "speedup", "speedup_vs_fp16", "peak_rss_bytes", "verdict", "verdict_reason", "gates")
+TIMES = (
+    "latency_ms", "speedup", "speedup_vs_fp16", "roofline", "peak_rss_bytes", "verdict", "verdict_reason",
+    "gates",
+)  # fmt: skip
 BASE = ExportJob(
     eval_size=40, calib_size=16, threads=1, bundle_images=None, timeout=3000.0, part=32, choices=Choices()
 )
