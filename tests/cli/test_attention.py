@@ -14,7 +14,7 @@ def test_attention_of_the_default_model(vit_export, tmp_path: Path) -> None:
     """The embedded model needs no argument: a table, a page with its pictures inside, a PNG a layer."""
     done = vit_export("attention", "--limit", 1, "--calib-size", 16, "-o", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "blocks.3.attn 3     145    12x12, class token" in done.out and "int8: as for onnx" in done.out
+    assert "blocks.3.attn 3     1 on 145 12x12, class token" in done.out and "int8: as for onnx" in done.out
     assert max(map(len, done.out.splitlines()[:6])) <= 80
     page = (tmp_path / "out" / "attention.html").read_bytes()
     assert page.count(b"data:image/jpeg;base64,") == 6  # rollout, all layers, four layers
