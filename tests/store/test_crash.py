@@ -38,7 +38,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """One export, which dies at a moment unless that is 0; pytest's own limit ends one that hangs."""
     line = [*command(output, moment, action), *more]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a first import's files are no events
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
 
 
 def artifacts(output: Path) -> dict[str, str]:
