@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from vit_export.artifacts import BuildRequest, BuiltArtifact, LoadedModel, Precision, Size
 from vit_export.build_size import export
@@ -29,6 +28,9 @@ from vit_export.export.program import PARITY, trace
 from vit_export.export.targets import target_named
 from vit_export.models import adapt, load
 from vit_export.runtime.runner import open_runner
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from contracts.families import randomize
 
 ONNX = target_named("onnx")
 IMAGES = 2
@@ -90,19 +92,6 @@ def loaded(spec: str, folder: Path) -> LoadedModel:
     model = load(spec)
     randomize(model.module)
     return model
-
-
-def randomize(module: nn.Module) -> None:
-    """Seeded weights that let every block and position contribute (as tests/contracts/families.py does)."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim <= 1 or "logit_scale" in name:
-            parameter.data.add_(0.2 * noise)
-        elif any(word in name for word in ("pos", "token", "table")):
-            parameter.data.copy_(0.5 * noise)
-        else:
-            parameter.data.copy_(noise / parameter[0].numel() ** 0.5)
 
 
 def images(size: Size) -> np.ndarray:

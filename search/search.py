@@ -83,6 +83,7 @@ class Search:
     notify: Notify = lambda *_: None
     decisions: list[Decision] = field(default_factory=list)
     _deadline: float = np.inf
+    _found: tuple[Program, tuple[ChannelGroup, ...]] | None = None
 
     def run(self) -> Found:
         """Decide. Without open choices this is plain calibration and whatever was asked for."""
@@ -168,13 +169,19 @@ class Search:
     def _equalized(self, best: _Candidate, judge: Judge | None) -> _Candidate:
         groups: list[ChannelGroup] = []
         if self.choices.alphas != (None,):
-            every = (g for g in find_groups(best.observed) if g.source not in best.turned)
+            every = (g for g in self._groups(best.observed) if g.source not in best.turned)
             groups = [g for g in every if _well_seen(g, best.stats)]
         candidates = [
             (f"alpha {alpha:g}" if alpha is not None else "off", self._with_alpha(groups, best, alpha))
             for alpha in self.choices.alphas
         ]
         return self._best("equalize", candidates, judge)
+
+    def _groups(self, program: Program) -> tuple[ChannelGroup, ...]:
+        """Its channel groups; finding them takes a forward, and two steps want those of one program."""
+        if self._found is None or self._found[0] is not program:
+            self._found = program, find_groups(program)
+        return self._found[1]
 
     def _with_alpha(
         self, groups: Sequence[ChannelGroup], best: _Candidate, alpha: float | None
@@ -196,7 +203,7 @@ class Search:
         """Outliers that nothing can take are divided by an operator, if that is worth one."""
         if self.choices.divide == (False,):
             return best
-        every = loose(best.observed, find_groups(best.observed))
+        every = loose(best.observed, self._groups(best.observed))
         found = (division(best.observed, g, best.stats) for g in every if _well_seen(g, best.stats))
         divisions = tuple(one for one in found if one is not None)
         if not divisions:
