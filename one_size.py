@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
-
 from vit_export.artifacts import (
     BuiltArtifact,
     EvalSet,
@@ -39,6 +37,7 @@ from vit_export.runtime.profiles import profiled
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result
 from vit_export.runtime.throughput import measured
+from vit_export.runtime.timed import BASELINE, timed, timed_baseline
 from vit_export.runtime.verdict import judged
 from vit_export.stage_keys import digest, key, program_digest
 from vit_export.stages import Stages
@@ -46,7 +45,6 @@ from vit_export.tuning import Tuner
 
 _HALF_IMAGES = 8  # images on which an overflow of float16 is looked for
 _TUNE_IMAGES = 32  # images on which tuned artifacts must keep their answers
-BASELINE = "pytorch"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -359,31 +357,14 @@ class OneSize:
         top1 = top5 = None
         if images.labels is not None:
             top1, top5 = score(reference.logits, images.labels, embeddings=self._embeddings)
-        return Baseline(
+        baseline = Baseline(
             runtime="onnxruntime" if self.model.baseline_path else BASELINE,
             precision=Precision.FP32,
             image_size=self.model.image_size,
             runtime_version=reference.version,
             top1=top1,
             top5=top5,
-            latency_ms=timings.latency(BASELINE) if self.timed else None,
             peak_rss_bytes=reference.peak_rss_bytes,
             predictions=None if self._embeddings else PackedIds.pack(predictions(reference.logits)),
         )
-
-
-def timed(result: Result, timings: Timings) -> Result:
-    """The result with what was measured of it; one whose runtime failed meanwhile has failed."""
-    if result.name in timings.failed:
-        reason = str(timings.failed[result.name])
-        return msgspec.structs.replace(result, status="failed", reason=reason)
-    if result.name not in timings.rounds:
-        return result
-    latency = timings.latency(result.name)
-    fp16 = result.name.replace(f" {result.precision} ", " fp16 ")
-    return msgspec.structs.replace(
-        result,
-        latency_ms=latency,
-        speedup=timings.median_ratio(BASELINE, result.name),
-        speedup_vs_fp16=timings.median_ratio(fp16, result.name) if fp16 in timings.rounds else None,
-    )
+        return timed_baseline(baseline, timings)

@@ -107,7 +107,7 @@ def doubts(runs: Sequence[Run]) -> Iterator[str]:
 
 def _named(report: Report) -> Iterator[tuple[str, Baseline | Result]]:
     for base in (report.baseline, *report.more_baselines):
-        yield f"{base.runtime} {base.precision} {base.image_size[0]}x{base.image_size[1]}", base
+        yield base.name, base
     for result in report.results:
         yield result.name, result
 

@@ -13,7 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from vit_export.runtime.gate import Check, GateOutcome
-from vit_export.runtime.report_cells import HEADERS, device_facts, number, printable, rows, status, why
+from vit_export.runtime.report_cells import (
+    HEADERS,
+    device_facts,
+    number,
+    printable,
+    rows,
+    status,
+    untimed,
+    why,
+)
 from vit_export.runtime.report_schema import Report
 from vit_export.runtime.report_sections import sections
 from vit_export.runtime.sweep import CAPTION, TITLE, sweep
@@ -54,6 +63,9 @@ def print_report(report: Report, console: Console) -> None:
             console.print(plain_table(section.headers, section.rows, section.title))
         console.print(section.caption, style="dim", soft_wrap=True)
         console.print()
+    for name, reason in untimed(report):
+        console.print(Text.assemble(printable(name), " ", ("not timed", STYLES["not_run"])))
+        console.print(Padding(Text(reason), (0, 0, 0, 2)))
     for result in report.results:
         verdict = status(result)
         console.print(Text.assemble(printable(result.name), " ", (verdict, STYLES.get(verdict, ""))))

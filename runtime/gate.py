@@ -2,7 +2,8 @@
 
 Accuracy rules turn red only for a loss that is larger than the limit and real: its paired 95 % interval
 lies above zero. They turn green when the whole interval is within the limit. Between the two there are
-too few images to decide. Latency rules do not turn red on unstable timings or another machine.
+too few images to decide. Latency rules do not turn red on unstable timings or another machine, nor do
+those on speed-ups against a baseline whose runtime failed while it was timed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 
 from vit_export.errors import InputError
 from vit_export.runtime.accuracy import images_needed
-from vit_export.runtime.gate_metrics import METRICS, Comparison, Reading
+from vit_export.runtime.gate_metrics import METRICS, Comparison, Reading, Unknown
 from vit_export.runtime.gate_rules import Rule, Rules, default_rules
 from vit_export.runtime.report_cells import number
 from vit_export.runtime.report_markdown import table
@@ -149,6 +150,9 @@ def _check(rule: Rule, result: Result, report: Report, baseline: Report | None) 
         if rule.required:
             raise InputError(f"rule {rule.name}: {result.name} has no {rule.metric}", _why_absent(rule, base))
         return
+    if isinstance(reading, Unknown):
+        yield Check(result, rule, None, "inconclusive", reading.reason)
+        return
     outcome, reason = _decide(rule, reading, result)
     yield Check(result, rule, reading.value, outcome, reason)
 
@@ -182,7 +186,10 @@ def _with_gates(report: Report, checks: Iterable[Check]) -> Report:
     found: dict[int, list[Gate]] = {}
     for check in checks:
         passed = {"passed": True, "failed": False}.get(check.outcome)
-        made = Gate(rule=check.rule.name, value=check.value, limit=check.rule.limit, passed=passed)
+        made = Gate(
+            rule=check.rule.name, value=check.value, limit=check.rule.limit, passed=passed,
+            reason=check.reason,
+        )  # fmt: skip
         found.setdefault(id(check.result), []).append(made)
     results = (msgspec.structs.replace(r, gates=tuple(found.get(id(r), ()))) for r in report.results)
     return msgspec.structs.replace(report, results=tuple(results))

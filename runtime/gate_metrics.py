@@ -36,15 +36,22 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Unknown:
+    """No value, because its measurement was tried and failed for this reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Metric:
     """read: None if not measured. relative: needs a baseline report. meaning: for the docs."""
 
-    read: Callable[[Comparison], Reading | None]
+    read: Callable[[Comparison], Reading | Unknown | None]
     relative: bool
     meaning: str
 
 
-def _field(name: str) -> Callable[[Comparison], Reading | None]:
+def _field(name: str) -> Callable[[Comparison], Reading | Unknown | None]:
     """A number that the result holds as it is."""
 
     def read(pair: Comparison) -> Reading | None:
@@ -54,7 +61,7 @@ def _field(name: str) -> Callable[[Comparison], Reading | None]:
     return read
 
 
-def _latency(name: str) -> Callable[[Comparison], Reading | None]:
+def _latency(name: str) -> Callable[[Comparison], Reading | Unknown | None]:
     def read(pair: Comparison) -> Reading | None:
         latency = pair.result.latency_ms
         return None if latency is None else Reading(getattr(latency, name), doubt=_unstable(pair))
@@ -62,7 +69,7 @@ def _latency(name: str) -> Callable[[Comparison], Reading | None]:
     return read
 
 
-def _latency_ratio(name: str) -> Callable[[Comparison], Reading | None]:
+def _latency_ratio(name: str) -> Callable[[Comparison], Reading | Unknown | None]:
     def read(pair: Comparison) -> Reading | None:
         here, there = pair.result.latency_ms, pair.base.latency_ms if pair.base else None
         if here is None or there is None:
@@ -71,6 +78,15 @@ def _latency_ratio(name: str) -> Callable[[Comparison], Reading | None]:
         return Reading(getattr(here, name) / getattr(there, name), doubt=doubt)
 
     return read
+
+
+def _speedup(pair: Comparison) -> Reading | Unknown | None:
+    value, baseline = pair.result.speedup, pair.report.baseline_for(pair.result.image_size)
+    if value is not None:
+        return Reading(value)
+    return (
+        Unknown(f"{baseline.name} was not timed: {baseline.reason}") if baseline and baseline.reason else None
+    )
 
 
 def _top1_drop(pair: Comparison) -> Reading | None:
@@ -105,7 +121,7 @@ METRICS: Mapping[str, Metric] = {
     "agreement": Metric(_field("agreement"), False, "share of images with FP32's class"),
     "sqnr_db": Metric(_field("sqnr_db"), False, "signal to quantisation noise of the outputs, dB"),
     "cosine": Metric(_field("cosine"), False, "mean cosine to FP32's outputs"),
-    "speedup": Metric(_field("speedup"), False, "times faster than the FP32 baseline"),
+    "speedup": Metric(_speedup, False, "times faster than the FP32 baseline"),
     "speedup_vs_fp16": Metric(_field("speedup_vs_fp16"), False, "times faster than fp16 on the same target"),
     "p50_ms": Metric(_latency("p50"), False, "median latency, ms"),
     "p99_ms": Metric(_latency("p99"), False, "99th percentile of latency, ms"),

@@ -53,6 +53,10 @@ class Timings:
         """Median of `slow` over median of `fast`: how many times faster `fast` is."""
         return float(np.median(np.concatenate(self._of(slow))) / np.median(np.concatenate(self._of(fast))))
 
+    def speedup(self, slow: str, fast: str) -> float | None:
+        """`median_ratio`, or None if either has no times."""
+        return self.median_ratio(slow, fast) if {slow, fast} <= self.rounds.keys() else None
+
     def round_ratios(self, slow: str, fast: str) -> tuple[float, ...]:
         """The same ratio for each round by itself; their spread says how far to trust it."""
         pairs = zip(self._of(slow), self._of(fast), strict=True)

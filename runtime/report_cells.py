@@ -46,6 +46,14 @@ def why(result: Result) -> str:
     return printable(result.verdict_reason if result.status == "ok" else result.reason)
 
 
+def untimed(report: Report) -> Iterator[tuple[str, str]]:
+    """(baseline, why it has no latency) for those whose runtime failed while it was timed, safe to print."""
+    for baseline in (report.baseline, *report.more_baselines):
+        if baseline.reason:
+            words = f"its latency and speed-ups against it are unknown: {baseline.reason}"
+            yield baseline.name, printable(words)
+
+
 def printable(text: str) -> str:
     """Text from elsewhere without terminal escapes and control characters."""
     return _UNPRINTABLE.sub("", text)
@@ -96,9 +104,8 @@ def shown_size(size: tuple[int, int]) -> str:
 
 
 def _baseline_row(baseline: Baseline) -> Row:
-    name = f"{baseline.runtime} {baseline.precision} {shown_size(baseline.image_size)}"
     speed = "1.00x" if baseline.latency_ms else NONE
-    cells = (name, NONE, *_times(baseline.latency_ms), speed, number(baseline.top1, ".3f"))
+    cells = (baseline.name, NONE, *_times(baseline.latency_ms), speed, number(baseline.top1, ".3f"))
     return Row((*cells, *[NONE] * 3, "baseline"), "baseline")
 
 

@@ -17,8 +17,8 @@ from vit_export.runtime import html_figures as figures
 from vit_export.runtime.flips import Flip, confusion, flips
 from vit_export.runtime.html_charts import WITHOUT, available
 from vit_export.runtime.html_tree import Child, Node, badge, el, items, page, section, table
-from vit_export.runtime.report_cells import HEADERS, megabytes, number, rows, status, why
-from vit_export.runtime.report_schema import Baseline, EvalData, Report, Result
+from vit_export.runtime.report_cells import HEADERS, megabytes, number, printable, rows, status, untimed, why
+from vit_export.runtime.report_schema import Baseline, EvalData, Gate, Report, Result
 from vit_export.runtime.report_sections import sections
 
 MANY = 200  # flipped images listed for one artifact
@@ -47,7 +47,8 @@ def render(report: Report, folder: Path | None = None) -> bytes:
 def _sections(report: Report, folder: Path | None) -> Iterator[Node | None]:
     cards = el("div", *(_card(result) for result in report.results), class_="cards")
     yield section("Verdicts", el("p", summary(report), class_="lead"), cards if report.results else None)
-    yield section("Results", _results(report), el("p", LEGEND, class_="soft"))
+    without = items(f"{name}: not timed: {reason}" for name, reason in untimed(report))
+    yield section("Results", _results(report), without, el("p", LEGEND, class_="soft"))
     yield section("Notes", items(report.model.notes))
     drawn = figures.of_report(report) if available() else []
     yield section(
@@ -101,7 +102,7 @@ def join(*facts: str) -> str:
 
 def _card(result: Result) -> Node:
     gates = [
-        el("li", f"{gate.rule}: {number(gate.value, 'g')}, limit {gate.limit:g}: ", _state(gate.passed))
+        el("li", f"{gate.rule}: {number(gate.value, 'g')}, limit {gate.limit:g}: ", *_state(gate))
         for gate in result.gates
     ]
     return el(
@@ -114,11 +115,10 @@ def _card(result: Result) -> Node:
     )
 
 
-def _state(passed: bool | None) -> Node:
-    node = badge(_STATES[passed])
-    if passed is None:
-        return el("span", node, " (too few images to decide)")
-    return node
+def _state(gate: Gate) -> Iterator[Child]:
+    yield badge(_STATES[gate.passed])
+    if gate.reason:
+        yield f" ({printable(gate.reason)})"
 
 
 def _results(report: Report) -> Node | None:

@@ -44,10 +44,11 @@ def _artifact(suite: ET.Element, result: Result) -> None:
 def _gate(suite: ET.Element, result: Result, gate: Gate) -> None:
     case = _case(suite, result, gate.rule)
     value = "not measured" if gate.value is None else f"{gate.value:g}"
+    why = gate.reason or f"{value}, limit {gate.limit:g}"
     if gate.passed is False:
         ET.SubElement(case, "failure", message=printable(f"{gate.rule}: {value}, limit {gate.limit:g}"))
     elif gate.passed is None:
-        ET.SubElement(case, "skipped", message=printable(f"undecided: {value}, limit {gate.limit:g}"))
+        ET.SubElement(case, "skipped", message=printable(f"undecided: {why}"))
 
 
 def _case(suite: ET.Element, result: Result, name: str) -> ET.Element:

@@ -12,6 +12,7 @@ from vit_export.runtime.report_cells import (
     printable,
     rows,
     status,
+    untimed,
     why,
 )
 from vit_export.runtime.report_schema import EvalData, Report
@@ -99,12 +100,13 @@ def _notes(report: Report) -> Iterator[str]:
 def _verdicts(report: Report) -> Iterator[str]:
     yield "## Verdicts"
     yield ""
+    yield from (f"- **{escape(name)}**: not timed: {escape(reason)}" for name, reason in untimed(report))
     for result in report.results:
         yield f"- **{escape(result.name)}**: {status(result)}: {escape(why(result))}"
         for gate in result.gates:
             state = {True: "passed", False: "failed", None: "undecided"}[gate.passed]
             value = "-" if gate.value is None else f"{gate.value:g}"
-            yield f"  - {escape(gate.rule)}: {value}, limit {gate.limit:g}: {state}"
+            yield f"  - {escape(gate.rule)}: {value}, limit {gate.limit:g}: {state}{_because(gate.reason)}"
         for loss in result.stages:
             sqnr = "no error" if loss.sqnr_db is None else f"{loss.sqnr_db:.1f} dB"
             yield f"  - stage {escape(loss.stage)}: {sqnr}, agreement {number(loss.agreement, '.3f')}"
@@ -112,6 +114,10 @@ def _verdicts(report: Report) -> Iterator[str]:
             yield f"  - kept float: {escape(', '.join(result.kept_float))}"
         for note in result.notes:
             yield f"  - {escape(note)}"
+
+
+def _because(reason: str) -> str:
+    return f" ({escape(reason)})" if reason else ""
 
 
 def _data(report: Report) -> Iterator[str]:

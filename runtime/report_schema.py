@@ -153,7 +153,10 @@ class Data(Part, frozen=True, kw_only=True):
 
 
 class Baseline(Part, frozen=True, kw_only=True):
-    """The FP32 source at one image size, against which everything is compared."""
+    """The FP32 source at one image size, against which everything is compared.
+
+    reason: why its latency could not be measured; then no speed-up against it is known.
+    """
 
     runtime: str
     precision: Precision
@@ -162,18 +165,25 @@ class Baseline(Part, frozen=True, kw_only=True):
     top1: Fraction | None = None
     top5: Fraction | None = None
     latency_ms: Latency | None = None
+    reason: str = ""
     peak_rss_bytes: Count | None = None
     predictions: PackedIds | None = None
     roofline: Roofline | None = None
 
+    @property
+    def name(self) -> str:
+        """`pytorch fp32 224x224`: what tables call it."""
+        return f"{self.runtime} {self.precision} {self.image_size[0]}x{self.image_size[1]}"
+
 
 class Gate(Part, frozen=True, kw_only=True):
-    """One rule applied to one result. passed: null when there are too few images to decide."""
+    """One rule applied to one result. passed: null when it cannot be decided. reason: why, from `gate`."""
 
     rule: str
     value: float | None
     limit: float
     passed: bool | None
+    reason: str = ""
 
 
 class Ceilings(Part, frozen=True, kw_only=True):

@@ -40,8 +40,7 @@ def roofline(report: Report) -> Section:
     """How much of the processor each artifact uses."""
     short = _names(report)
     named = [
-        (short(f"{b.runtime} {b.precision} {shown_size(b.image_size)}"), b.roofline)
-        for b in (report.baseline, *report.more_baselines)
+        (short(baseline.name), baseline.roofline) for baseline in (report.baseline, *report.more_baselines)
     ]
     named += [(short(result.name), result.roofline) for result in report.results]
     rows = tuple((name, *_reached(found)) for name, found in named if found is not None)

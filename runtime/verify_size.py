@@ -18,10 +18,11 @@ from vit_export.runtime.bundle_open import Bundle
 from vit_export.runtime.coreml_runner import latency_reason
 from vit_export.runtime.doctor import TARGETS
 from vit_export.runtime.files import atomic_directory
-from vit_export.runtime.latency import Timings, alternate
+from vit_export.runtime.latency import alternate
 from vit_export.runtime.profiles import profiled
 from vit_export.runtime.protocol import ProgressCallback
 from vit_export.runtime.report_schema import Baseline, PackedIds, Result
+from vit_export.runtime.timed import timed
 from vit_export.runtime.verdict import Limits, judged
 from vit_export.runtime.worker_client import Worker
 
@@ -86,7 +87,7 @@ class OneSize:
             timeout=self.job.timeout,
             progress=lambda name, done, total: self.notify("measure latency", done, total),
         )
-        results = [self._profiled(_timed(result, timings), images) for result in results]
+        results = [self._profiled(timed(result, timings), images) for result in results]
         model = self.bundle.manifest.model
         return tuple(
             judged(
@@ -233,17 +234,3 @@ def _hardware(runner: str) -> str:
 def _untimed(runnable: Runnable) -> str:
     """Why a time measured here would mean nothing; empty where it means something."""
     return latency_reason(runnable) if runnable.runner == "coreml" else ""
-
-
-def _timed(result: Result, timings: Timings) -> Result:
-    if result.name in timings.failed:
-        reason = str(timings.failed[result.name])
-        return msgspec.structs.replace(result, status="failed", reason=reason)
-    if result.name not in timings.rounds:
-        return result
-    fp16 = result.name.replace(f" {result.precision} ", " fp16 ")
-    return msgspec.structs.replace(
-        result,
-        latency_ms=timings.latency(result.name),
-        speedup_vs_fp16=timings.median_ratio(fp16, result.name) if fp16 in timings.rounds else None,
-    )

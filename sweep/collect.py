@@ -11,12 +11,12 @@ import numpy as np
 
 from vit_export.artifacts import Size
 from vit_export.errors import RunnerError
-from vit_export.one_size import BASELINE, timed
 from vit_export.runtime import report_files, report_schema
 from vit_export.runtime.files import atomic_directory
 from vit_export.runtime.latency import Timings
 from vit_export.runtime.report_schema import Baseline, Report, Result
 from vit_export.runtime.sweep_schema import Sweep, SweepCell, with_pareto
+from vit_export.runtime.timed import timed, timed_baseline
 from vit_export.runtime.verdict import judged
 from vit_export.store import Store
 from vit_export.sweep.flow import CellFlow, flat
@@ -116,8 +116,8 @@ def _timed_baseline(baseline: Baseline, times: Sequence[Timings]) -> Baseline:
     """The baseline with the latency of the first task that timed its size."""
     height, width = baseline.image_size
     for timings in times:
-        if any(name.endswith(f" {height}x{width}") for name in timings.rounds):
-            return msgspec.structs.replace(baseline, latency_ms=timings.latency(BASELINE))
+        if any(name.endswith(f" {height}x{width}") for name in (*timings.rounds, *timings.failed)):
+            return timed_baseline(baseline, timings)
     return baseline
 
 

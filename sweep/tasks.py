@@ -28,13 +28,13 @@ from vit_export.calibration.images import ImageSource
 from vit_export.errors import RunnerError, VitExportError
 from vit_export.job import ExportJob, ImageSources, open_sources
 from vit_export.runtime.environment import physical_cores
+from vit_export.runtime.timed import BASELINE
 from vit_export.stages import Stages, artifact_of, silent
 from vit_export.store import Key, Store
 
 if TYPE_CHECKING:
     from vit_export.one_size import OneSize
 
-BASELINE = "pytorch"
 _KEEP = 2  # traced models a worker process holds
 _TRACED: dict[str, tuple[LoadedModel, LoadedModel, Program, str]] = {}  # by what was traced
 

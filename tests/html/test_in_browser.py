@@ -95,7 +95,7 @@ def every_kind() -> Report:
         StageLoss(stage="lower", sqnr_db=None, agreement=1.0),
         StageLoss(stage="runtime", sqnr_db=26.0, agreement=0.99),
     )
-    undecided = Gate(rule="top1_drop", value=0.2, limit=0.3, passed=None)
+    undecided = Gate(rule="top1_drop", value=0.2, limit=0.3, passed=None, reason="30 images are too few")
     results = [
         msgspec.structs.replace(r, stages=stages, kept_float=("blocks.0.attn.qkv",), gates=(undecided,))
         if r.status == "ok"
@@ -222,7 +222,7 @@ def test_every_kind_of_row_reads_correctly(browser, pages):
     assert "NOT RUN needs an NVIDIA GPU and driver" in said["tensorrt int8 224x224"]
     assert "FAILED <b>died</b> | with SIGSEGV" in said["coreml int8 224x224"]
     assert "SHIP" in said["onnx fp16 224x224"] and "HOLD" in said["openvino int8 224x224"]
-    assert "top1_drop: 0.2, limit 0.3: UNDECIDED (too few images to decide)" in said["onnx fp16 224x224"]
+    assert "top1_drop: 0.2, limit 0.3: UNDECIDED (30 images are too few)" in said["onnx fp16 224x224"]
     assert "2 of 6 artifacts can ship: 2 hold, 1 failed, 1 not run." in browser.text()
     row = browser.run("""return [...document.querySelectorAll('tbody tr')].map(r => r.innerText.split('\\t'))
         .find(cells => cells[0].startsWith('tensorrt'))""")
