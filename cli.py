@@ -349,7 +349,10 @@ def models(
     if not rows:
         raise UsageError(f"no model matches {pattern}", "vit-export models '*deit*'")
     body = [(r.spec, _shown(r.size), _shown(r.multiple), str(r.positions)) for r in rows]
-    make_console().print(plain_table(("spec", "native", "multiple of", "positions"), body))
+    console = make_console()
+    console.print(plain_table(("spec", "native", "multiple of", "positions"), body))
+    if one:
+        console.print(f"--image-size: {rows[0].rule}", soft_wrap=True, markup=False)
 
 
 def _shown(size: Size | None) -> str:

@@ -45,11 +45,21 @@ class UsageError(VitExportError):
 
 
 class BadSize(UsageError):
-    """An image size that the model cannot take; names the nearest sizes that it can."""
+    """Image sizes that the model cannot take; names the nearest sizes that it can."""
 
-    def __init__(self, asked: str, model: str, rule: str, nearest: Sequence[str]) -> None:
+    def __init__(self, asked: Sequence[str], model: str, rule: str, nearest: Sequence[str]) -> None:
+        self.asked, self.model, self.rule, self.nearest = asked, model, rule, nearest
         near = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        super().__init__(f"--image-size {asked} does not fit {model}", f"{rule}{near}")
+        verb = "does not fit" if len(asked) == 1 else "do not fit"
+        super().__init__(f"--image-size {', '.join(asked)} {verb} {model}", f"{rule}{near}")
+
+    @classmethod
+    def together(cls, errors: Sequence[BadSize]) -> BadSize:
+        """One error for all sizes of one model that do not fit."""
+        asked = [size for error in errors for size in error.asked]
+        rules = dict.fromkeys(error.rule for error in errors)
+        near = dict.fromkeys(size for error in errors for size in error.nearest)
+        return cls(asked, errors[0].model, "; ".join(rules), list(near))
 
 
 class AmbiguousPositions(UsageError):

@@ -31,7 +31,8 @@ from vit_export.export.program import trace
 from vit_export.export.quantize import quantize
 from vit_export.export.targets import target_named
 from vit_export.job import ExportJob, ImageSources, open_sources
-from vit_export.models import adapt, load
+from vit_export.models import adapt, adapt_all, load
+from vit_export.models.geometry import show
 from vit_export.one_size import OneSize, Outcome
 from vit_export.report_extras import draw_attention
 from vit_export.runtime import beside, report_files, thumbnails
@@ -80,10 +81,8 @@ def _run(job: ExportJob, command: str, costs: Costs) -> Report:
         for source in sources.all():
             check_labels(source, model.num_classes)
         outcomes = [
-            OneSize(
-                job, adapt(model, size, job.adapt), targets, sources, work, notify, stages, native=model
-            ).run()
-            for size in job.image_sizes or (model.image_size,)
+            OneSize(job, adapted, targets, sources, work, notify, stages, native=model).run()
+            for adapted in adapt_all(model, job.image_sizes or (model.image_size,), job.adapt)
         ]
         outcomes = shared(job, targets, outcomes, work, notify)
         problems = draw_attention([o.attention for o in outcomes], model.spec, job.output, notify)
@@ -151,7 +150,7 @@ def report_of(
     """What a run found out, as its report. model: as loaded, or as adapted to the one size there is."""
     first = outcomes[0]
     notes = (*model.notes, f"output: {model.output}", *sources.notes)
-    notes += tuple(decided(o.plan.decisions) for o in outcomes if o.plan and o.plan.decisions)
+    notes += _decisions(outcomes)
     notes += tuple(n for o in outcomes for n in (*o.notes, *o.program.notes, *o.doubts)) + problems
     return Report(
         created=datetime.now(timezone.utc),
@@ -179,6 +178,13 @@ def report_of(
         results=tuple(result for outcome in outcomes for result in outcome.results),
         reused=tuple(reused),
     )
+
+
+def _decisions(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """How int8 was chosen, at which size where there are several."""
+    several = len(outcomes) > 1
+    sized = [(o, f" at {show(o.baseline.image_size)}" if several else "") for o in outcomes]
+    return tuple(f"int8{at}: {decided(o.plan.decisions)}" for o, at in sized if o.plan and o.plan.decisions)
 
 
 def _image_data(source: ImageSource | None, images: EvalSet) -> ImageData | None:

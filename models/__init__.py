@@ -8,7 +8,7 @@ Importing this package imports no torch; the functions do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import PurePath
@@ -21,7 +21,16 @@ from vit_export.models.config import AdaptConfig, LoadOptions, PosEmbedMode
 if TYPE_CHECKING:
     from vit_export.models.catalog import ModelRow
 
-__all__ = ["AdaptConfig", "LoadOptions", "PosEmbedMode", "adapt", "available", "describe", "load"]
+__all__ = [
+    "AdaptConfig",
+    "LoadOptions",
+    "PosEmbedMode",
+    "adapt",
+    "adapt_all",
+    "available",
+    "describe",
+    "load",
+]
 
 # What a SPEC starts or ends with → the module whose `load(name, options)` reads it.
 PREFIXES: Mapping[str, str] = {
@@ -53,6 +62,14 @@ def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> 
     return adapted
 
 
+def adapt_all(
+    model: LoadedModel, sizes: Sequence[Size], config: AdaptConfig | None = None
+) -> list[LoadedModel]:
+    """The model for each of several image sizes; see `models.adaptation`."""
+    adapted: list[LoadedModel] = _module("adaptation").adapt_all(model, sizes, config)
+    return adapted
+
+
 def available(pattern: str | None = None) -> list[ModelRow]:
     """What can be named as a SPEC, all or what matches a glob or part of a name; see `models.catalog`."""
     rows: list[ModelRow] = _module("catalog").available(pattern)
@@ -60,7 +77,7 @@ def available(pattern: str | None = None) -> list[ModelRow]:
 
 
 def describe(spec: str) -> ModelRow:
-    """Native size, size step and position scheme of one model; see `models.catalog`."""
+    """Native size, size step and rule, and position scheme of one model; see `models.catalog`."""
     row: ModelRow = _module("catalog").describe(spec)
     return row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -47,6 +48,24 @@ def adapt(model: LoadedModel, size: Size, config: AdaptConfig | None = None) -> 
     )
 
 
+def adapt_all(
+    model: LoadedModel, sizes: Sequence[Size], config: AdaptConfig | None = None
+) -> list[LoadedModel]:
+    """The model at each of the sizes, before anything else is done with one of them.
+
+    Raises BadSize naming every size that does not fit.
+    """
+    adapted, refused = [], []
+    for size in sizes:
+        try:
+            adapted.append(adapt(model, size, config))
+        except BadSize as error:
+            refused.append(error)
+    if refused:
+        raise BadSize.together(refused)
+    return adapted
+
+
 def _copied(module: nn.Module) -> nn.Module:
     """A copy over the same weights of linears and convolutions, which no resizer touches: most of a model
     is held once however many sizes it is adapted to."""
@@ -57,4 +76,4 @@ def _copied(module: nn.Module) -> nn.Module:
 def _unfit(model: LoadedModel, size: Size, reason: str) -> BadSize:
     """The model's code refuses a size that its geometry allows: only its own is known to work."""
     line = reason.strip().splitlines()[0]
-    return BadSize(show(size), model.spec, f"{line}; its own {show(model.source_image_size)} works", [])
+    return BadSize([show(size)], model.spec, f"{line}; its own {show(model.source_image_size)} works", [])

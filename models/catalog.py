@@ -16,7 +16,7 @@ from vit_export.data import digits_vit_config
 from vit_export.errors import UsageError
 from vit_export.models import load, resizers
 from vit_export.models.config import LoadOptions
-from vit_export.models.geometry import Geometry
+from vit_export.models.resizers import Resizer
 from vit_export.models.torchvision_source import preprocessing_of
 
 # timm module → how positions are encoded, and the step of image sizes where the name does not tell it.
@@ -52,13 +52,15 @@ _PATCH = re.compile(r"patch_?(\d+)")
 class ModelRow:
     """One line of `vit-export models`; None where only the model itself tells (see `describe`).
 
-    size: native (height, width). multiple: sides must be a multiple of it.
+    size: native (height, width). multiple: sides must be a multiple of it. rule: what other sizes must be
+    and why, in words, where the model was asked.
     """
 
     spec: str
     size: Size | None
     multiple: Size | None
     positions: Positions
+    rule: str = ""
 
 
 def available(pattern: str | None = None) -> list[ModelRow]:
@@ -79,14 +81,18 @@ def describe(spec: str) -> ModelRow:
     name = spec.removeprefix("timm:")
     if name == spec:
         model = load(spec, LoadOptions())
-        return ModelRow(spec, model.source_image_size, model.multiple, model.positions)
+        return _row(spec, resizers.find(model.module, model.source_image_size))
     if not timm.is_model(name):
         raise UsageError(f"timm has no model {name!r}", "vit-export models PATTERN lists them")
     with torch.device("meta"):
         size = timm.get_pretrained_cfg(name).input_size[1:]
         resizer = resizers.find(timm.create_model(name, pretrained=False), tuple(size))
-    geometry: Geometry = resizer.geometry()
-    return ModelRow(spec, geometry.size, geometry.multiple, resizer.scheme())
+        return _row(spec, resizer)
+
+
+def _row(spec: str, resizer: Resizer) -> ModelRow:
+    geometry = resizer.geometry()
+    return ModelRow(spec, geometry.size, geometry.multiple, resizer.scheme(), geometry.rule())
 
 
 def _digits() -> Iterator[ModelRow]:

@@ -33,23 +33,27 @@ class Geometry:
         if size == self.size or (not self.fixed and self._fits(size)):
             return
         nearest = (self.size,) if self.fixed else self.nearest(size)
-        raise BadSize(show(size), model, self._rule(), [show(n) for n in nearest])
+        raise BadSize([show(size)], model, self.rule(), [show(n) for n in nearest])
 
     def nearest(self, size: Size, count: int = 2) -> tuple[Size, ...]:
-        """The valid sizes closest to `size`, nearest first.
+        """The valid sizes closest to `size`, nearest first; square ones for a square where sides are alike.
 
         >>> Geometry((224, 224), (16, 16)).nearest((200, 300))
         ((192, 304), (208, 304))
+        >>> Geometry((224, 224), (32, 32)).nearest((100, 100))
+        ((96, 96), (128, 128))
         """
         sides = [_around(s, m, low) for s, m, low in zip(size, self.multiple, self.minimum, strict=True)]
-        sizes = [(height, width) for height, width in product(*sides)]
+        alike = size[0] == size[1] and sides[0] == sides[1]
+        sizes = [(side, side) for side in sides[0]] if alike else list(product(*sides))
         return tuple(sorted(sizes, key=lambda s: (abs(s[0] - size[0]) + abs(s[1] - size[1]), s))[:count])
 
     def _fits(self, size: Size) -> bool:
         sides = zip(size, self.multiple, self.minimum, strict=True)
         return all(side % step == 0 and side >= low for side, step, low in sides)
 
-    def _rule(self) -> str:
+    def rule(self) -> str:
+        """What a size must be, in words: `each side must be a multiple of 16 (patch 16)`."""
         if self.fixed:
             return f"it was exported for {show(self.size)} and has no other size"
         height, width = self.multiple

@@ -127,11 +127,12 @@ def find(
 ) -> Resizer:
     """The Resizer of a module, or of the known models inside it.
 
-    size: what the module takes now, where the caller knows. config: a table named in it makes any module
-    a plain one, with that table. hint: what a module may take, where nobody knows.
+    size: what the module takes now, where the caller knows. config: a table or its prefix named in it
+    makes any module a plain one, with that table. hint: what a module may take, where nobody knows.
     """
     config = config or AdaptConfig()
-    found = tuple(parts(module, size)) if config.pos_embed is None else ()
+    settled = (config.pos_embed, config.prefix_tokens) != (None, None)
+    found = () if settled else tuple(parts(module, size))
     for part in found:
         part.hint = hint
     if found:

@@ -74,7 +74,7 @@ class PlainModule(Resizer):
             after = resample_positions(rows, table.grid, new, table.prefix, config)
             _set(self.module, table.name, after.reshape(*before.shape[:-2], *after.shape[-2:]))
             _extend_ids(self.module, before.shape[-2], after.shape[-2])
-            split = f"{table.prefix} prefix tokens + {show(table.grid)}"
+            split = f"{_counted(table.prefix, 'prefix token')} + {show(table.grid)}"
             notes.append(f"{table.name} taken for the positions ({split}), resampled to {show(new)}")
         _tell(self.module, SIZE_NAMES, old, size)
         _tell(self.module, _GRID_NAMES, self._grid(old), self._grid(size))
@@ -121,12 +121,8 @@ class PlainModule(Resizer):
         wanted, prefix = self._config.pos_embed, self._config.prefix_tokens
         found = [t for name, tensor in self._tensors() for t in self._split(name, tensor.shape[-2])]
         found = [t for t in found if wanted in (None, t.name) and prefix in (None, t.prefix)]
-        if wanted is not None and not found:
-            names = ", ".join(name for name, _ in self._tensors()) or "none"
-            raise UsageError(
-                f"--pos-embed {wanted} is no table of prefix tokens + one row a patch",
-                f"parameters as wide as the patch embedding: {names}",
-            )
+        if not found and (wanted, prefix) != (None, None):
+            raise self._no_table()
         return [t for t in found if "pos" in t.name.lower()] or found
 
     def _split(self, name: str, rows: int) -> list[Table]:
@@ -161,12 +157,29 @@ class PlainModule(Resizer):
         step = self._step()
         return size[0] // step[0], size[1] // step[1]
 
+    def _no_table(self) -> UsageError:
+        """The flags fit no tensor: what they ask for, and what there is."""
+        name, prefix = self._config.pos_embed, self._config.prefix_tokens
+        named = "" if name is None else f" --pos-embed {name}"
+        named += "" if prefix is None else f" --prefix-tokens {prefix}"
+        split = f"up to {_MOST_PREFIX} prefix tokens" if prefix is None else _counted(prefix, "prefix token")
+        grid = "a square grid" if self._size is None else show(self._grid(self._size))
+        there = ", ".join(f"{path} ({_counted(tensor.shape[-2], 'row')})" for path, tensor in self._tensors())
+        return UsageError(
+            f"{named.strip()}: {type(self.module).__name__} has no such table of {split} + {grid}",
+            f"tensors as wide as the patch embedding: {there or 'none'}",
+        )
+
     def _ambiguous(self, found: list[Table]) -> AmbiguousPositions:
-        listed = "; ".join(f"{t.name} = {t.prefix} prefix tokens + {show(t.grid)}" for t in found)
+        listed = "; ".join(f"{t.name} = {_counted(t.prefix, 'prefix token')} + {show(t.grid)}" for t in found)
         return AmbiguousPositions(
             f"the position table of {type(self.module).__name__} could be: {listed}",
             "say which: --pos-embed NAME --prefix-tokens N",
         )
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _prefix(rows: int, grid: Size, most: int = _MOST_PREFIX) -> int | None:

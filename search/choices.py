@@ -62,11 +62,11 @@ AUTO = Choices(
 
 
 def decided(decisions: Sequence[Decision]) -> str:
-    """`int8: equalize alpha 0.5, rounding nearest; 28.9 dB, agreement 0.990 on images kept aside`."""
+    """`equalize alpha 0.5, rounding nearest; 28.9 dB, agreement 0.990 on images kept aside`."""
     taken = [d for d in decisions if d.taken and d.choice != "keep float"]
     words = ", ".join(f"{d.choice} {d.option}" for d in taken)
     judged = [d for d in taken if d.sqnr_db is not None and d.agreement is not None]
     if not judged:
-        return f"int8: {words}"
+        return words
     last = judged[-1]
-    return f"int8: {words}; {last.sqnr_db:.1f} dB, agreement {last.agreement:.3f} on images kept aside"
+    return f"{words}; {last.sqnr_db:.1f} dB, agreement {last.agreement:.3f} on images kept aside"

@@ -195,12 +195,21 @@ def test_missing_extra_is_one_line(vit_export: Any, tmp_path: Path, monkeypatch:
     assert not (tmp_path / "out").exists()
 
 
+def test_sizes_that_do_not_fit_are_one_error_before_any_work(vit_export: Any, tmp_path: Path) -> None:
+    """Of three sizes two do not fit: both are named, with what fits, and the good one is not exported."""
+    sizes = (f"--image-size={size}" for size in ("96", "100", "30x41"))
+    run = vit_export(*sizes, "--output", tmp_path / "out")
+    _refused(run, 2, "100x100, 30x41 do not fit", "multiple of 8", "nearest: 96x96, 104x104, 32x40, 24x40")
+    assert not (tmp_path / "out" / "onnx").exists()
+
+
 def test_models_lists_and_describes(vit_export: Any) -> None:
     """A pattern lists native sizes and position schemes; a SPEC is described by making the model."""
     run = vit_export("models", "*vit_small_patch14_dinov2*")
     assert run.code == 0 and "518x518" in run.out and "absolute table" in run.out
     run = vit_export("models", "digits-vit")
     assert run.code == 0 and "96x96" in run.out and "8x8" in run.out
+    assert "--image-size: each side must be a multiple of 8 (patch 8)" in run.out
     run = vit_export("models", "no-such-thing")
     assert run.code == 2 and "no model matches" in run.err
 

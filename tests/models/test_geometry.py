@@ -24,6 +24,12 @@ def test_the_error_of_the_style_guide() -> None:
     )
 
 
+def test_a_square_that_does_not_fit_names_squares() -> None:
+    """100x100 at steps of 32 is answered with the squares around it, not with 96x128."""
+    with pytest.raises(BadSize, match=r"nearest: 96x96, 128x128$"):
+        Geometry((224, 224), (32, 32)).check((100, 100), "m")
+
+
 @given(steps, steps, sizes)
 def test_named_sizes_are_valid_and_nearest(multiple: Size, minimum: Size, asked: Size) -> None:
     """What the error names passes the check, and no valid size is closer than the first one."""

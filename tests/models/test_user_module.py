@@ -96,7 +96,7 @@ def test_the_table_is_found_by_shape_and_said() -> None:
     adapted = adapt(model, (48, 64))
     expected = resample_positions(model.module.where, (4, 4), (6, 8), 1)  # type: ignore[arg-type]
     assert torch.equal(adapted.module.where, expected)  # type: ignore[arg-type]
-    assert "where taken for the positions (1 prefix tokens + 4x4), resampled to 6x8" in adapted.notes
+    assert "where taken for the positions (1 prefix token + 4x4), resampled to 6x8" in adapted.notes
 
 
 def test_two_tables_are_ambiguous_and_the_flag_settles_it() -> None:
@@ -134,6 +134,33 @@ def test_a_flag_that_fits_nothing_lists_what_there_is() -> None:
     assert "where" in caught.value.hint
     with pytest.raises(UsageError):
         loaded(UserVit(), pos_embed="head.weight")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            {"pos_embed": "where", "prefix_tokens": 3},
+            r"--pos-embed where --prefix-tokens 3: .* 3 prefix tokens",
+        ),
+        ({"prefix_tokens": 3}, r"--prefix-tokens 3: .* 3 prefix tokens \+ a square grid"),
+    ],
+)
+def test_a_split_that_fits_nothing_tells_the_rows_there_are(flags: Any, says: str) -> None:
+    """17 rows are no 3 + a square, whether or not the table is named: the error gives the rows of each."""
+    with pytest.raises(UsageError, match=says) as caught:
+        loaded(UserVit(), **flags)
+    assert "first (1 row), where (17 rows)" in caught.value.hint
+
+
+def test_prefix_tokens_are_not_ignored_for_a_model_of_a_library() -> None:
+    """timm's ViT has one class token; told that it has three, the error says that no table is so."""
+    from contracts.families import FAMILIES
+
+    model = FAMILIES["timm vit"].load()
+    assert adapt(model, (48, 32), AdaptConfig(prefix_tokens=1)).image_size == (48, 32)
+    with pytest.raises(UsageError, match=r"no such table of 3 prefix tokens \+ 4x4"):
+        adapt(model, (48, 32), AdaptConfig(prefix_tokens=3))
 
 
 def test_an_ambiguous_split_is_settled_by_running_the_module() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from contracts.small import small_vit
-from vit_export.artifacts import EvalSet, Preprocessing, Program, TargetProfile
+from vit_export import pipeline
+from vit_export.artifacts import Decision, EvalSet, Preprocessing, Program, TargetProfile
 from vit_export.calibration.collect import calibrate
 from vit_export.calibration.observers import METHODS
 from vit_export.calibration.preprocess import Batches, batches
@@ -196,3 +198,18 @@ def test_nothing_is_kept_when_the_limit_holds(program: Program, images: EvalSet)
     """A limit of a hundred points asks for nothing."""
     found = Search(program, Batches(images, 8), Choices(), ASYMMETRIC, max_drop=100.0).run()
     assert not found.plan.kept_float() and not found.plan.sensitivity
+
+
+def test_with_several_sizes_a_note_says_at_which_int8_was_chosen() -> None:
+    """One size needs no name; of two each note has its own."""
+
+    def outcome(side: int) -> Any:
+        plan = SimpleNamespace(decisions=(Decision("rounding", "gptq", True, 27.5, 0.985),))
+        return SimpleNamespace(baseline=SimpleNamespace(image_size=(side, side)), plan=plan)
+
+    chosen = "rounding gptq; 27.5 dB, agreement 0.985 on images kept aside"
+    assert pipeline._decisions([outcome(96)]) == (f"int8: {chosen}",)
+    assert pipeline._decisions([outcome(96), outcome(128)]) == (
+        f"int8 at 96x96: {chosen}",
+        f"int8 at 128x128: {chosen}",
+    )
