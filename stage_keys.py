@@ -54,6 +54,7 @@ _DECIDED_BY: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "one_size.py",
             "pipeline.py",
             "stages.py",
+            "sweep/tasks.py",
             *_STAGES,
         ),
         PACKAGES,

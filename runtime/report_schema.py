@@ -305,7 +305,8 @@ class Report(Part, frozen=True, kw_only=True):
     """One run of vit-export. more_baselines: those of further image sizes. device: set by `verify`.
 
     decisions, sensitivity: of the quantisation plan at the first image size.
-    ceilings: what the processor can do, measured in this run. costs: of this run's stages, in order.
+    ceilings: what the processor can do, measured in this run; null where a sweep timed its rows on several.
+    costs: of this run's stages, in order.
     reused: stages that were not run, because an interrupted run or the store had them.
     """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import msgspec
@@ -43,16 +43,22 @@ def measure_ceilings(threads: int) -> Ceilings | None:
     return msgspec.convert({**found, "threads": threads}, Ceilings) if found else None
 
 
-def with_roofline(report: Report, macs: Mapping[Size, int], batch: int = 1) -> Report:
+def with_roofline(
+    report: Report,
+    macs: Mapping[Size, int],
+    batch: int = 1,
+    ceilings_for: Callable[[int], Ceilings | None] | None = None,
+) -> Report:
     """The report with ceilings and what its baselines and CPU artifacts reach of them; as it is if no time
     was taken on this processor.
 
     macs: multiply-accumulates of one image, by image size; a size that is not there is left out.
+    ceilings_for: of so many threads, where another machine took the times; measured here without.
     """
     timed = [r for r in report.results if r.target in CPU_TARGETS and r.latency_ms]
     if not timed or not macs:
         return report
-    ceilings = measure_ceilings(report.environment.threads)
+    ceilings = (ceilings_for or measure_ceilings)(report.environment.threads)
 
     def reached(size: Size, latency: Latency | None, arithmetic: Arithmetic) -> Roofline | None:
         if latency is None or size not in macs:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from vit_export.calibration.images import ImageSource
 from vit_export.errors import RunnerError, VitExportError
 from vit_export.job import ExportJob, ImageSources, open_sources
 from vit_export.runtime.environment import physical_cores
+from vit_export.runtime.report_schema import Ceilings
+from vit_export.runtime.roofline import CPU_TARGETS, measure_ceilings
 from vit_export.runtime.timed import BASELINE
 from vit_export.stages import Stages, artifact_of, silent
 from vit_export.store import Key, Store
@@ -173,6 +176,7 @@ def row(task: Task, prepared: Done, built: Done, base: Sequence[Done], parts: Se
 def measure(tasks: Sequence[Task], again: bool, prepared: Done, built: Sequence[Done]) -> Done:
     """Latencies of the cells of one size, in alternating rounds with their baseline; nothing else runs here.
 
+    With them goes what the processor reaches with large products, for cells that run on it.
     Kept for this machine and these artifacts unless `again`.
     """
     task = tasks[0]
@@ -192,7 +196,10 @@ def measure(tasks: Sequence[Task], again: bool, prepared: Done, built: Sequence[
             runnables[f"{name} {height}x{width}"] = runnable
         with Lock(f"vit-export latency {platform.node()}"):  # workers may share a machine
             timings = alternate(runnables, batch=task.job.batch_size or 1, timeout=task.job.timeout)
+            counted = any(one.job.targets[0] in CPU_TARGETS for one, _ in pairs)
+            ceilings = _ceilings(task.job.threads) if counted else None
         return {
+            "ceilings": ceilings,
             "rounds": {name: [turn.tolist() for turn in turns] for name, turns in timings.rounds.items()},
             "failed": {name: str(error) for name, error in timings.failed.items()},
         }
@@ -200,6 +207,12 @@ def measure(tasks: Sequence[Task], again: bool, prepared: Done, built: Sequence[
     known = replace(task, source="" if again else task.source or "told by its artifacts")
     seen = [key.digest for _, done in pairs for name, key in done.keys.items() if name.startswith("build")]
     return _kept("latency", known, work, prepared, artifacts=seen, node=platform.node())
+
+
+@cache
+def _ceilings(threads: int) -> Ceilings | None:
+    """Measured once by a worker, for all that it times."""
+    return measure_ceilings(threads)
 
 
 def _answers(name: str, parts: Sequence[Done]) -> tuple[Key, ...]:

@@ -110,9 +110,14 @@ def cells(
 
 
 def swept(
-    wanted: list[Cell], folder: Path, address: str, notify: Callable[..., None] = lambda *_: None
+    wanted: list[Cell],
+    folder: Path,
+    address: str,
+    notify: Callable[..., None] = lambda *_: None,
+    *,
+    timed: bool = False,
 ) -> Sweep:
-    job = run.SweepJob(wanted, folder / "out", str(folder / "store"), address, timed=False)
+    job = run.SweepJob(wanted, folder / "out", str(folder / "store"), address, timed=timed)
     return run.run(job, "vit-export sweep", notify)
 
 
@@ -148,7 +153,8 @@ def made(sweep: Sweep) -> set[str]:
 def test_a_killed_worker_a_rerun_and_a_change(cluster: Cluster, tmp_path: Path) -> None:
     """Two workers, one killed in the middle: the rows of one process. Again: nothing runs.
 
-    With one calibration option changed the int8 cells run again, the float cell does not.
+    With one calibration option changed the int8 cells run again, the float cell does not. Timed, both have
+    their share of the processor.
     """
     group, sizes, precisions = {"digits-vit": {}}, ((48, 48),), (Precision.FP32, Precision.INT8)
     killed = []
@@ -168,11 +174,14 @@ def test_a_killed_worker_a_rerun_and_a_change(cluster: Cluster, tmp_path: Path) 
     assert rows(again.groups["digits-vit"]) == rows(one)
 
     changed = cells(group, sizes, ("onnx",), precisions, choices=Choices(PercentileConfig()))
-    third = swept(changed, tmp_path, cluster.address)
+    third = swept(changed, tmp_path, cluster.address, timed=True)
     assert {cell.precision: bool(cell.made) for cell in third.cells} == {"fp32": False, "int8": True}
     assert {work.stage: work.made for work in third.work} == {
-        "prepare": 0, "evaluate": 2, "calibrate": 1, "build": 1, "row": 1,
+        "prepare": 0, "evaluate": 2, "calibrate": 1, "build": 1, "row": 1, "latency": 1,
     }  # fmt: skip
+    timed = third.groups["digits-vit"]
+    for row in (timed.baseline, *timed.results):
+        assert row.latency_ms is not None and row.roofline is not None and row.roofline.share
 
     saved = sweep_schema.read(tmp_path / "out")
     assert saved == third and (tmp_path / "out/sweep.html").exists()
