@@ -26,7 +26,7 @@ from torch.fx import Node
 from vit_export.artifacts import Layer, Program
 from vit_export.export.bias import change_bias, change_constant
 from vit_export.export.channels import ChannelGroup
-from vit_export.export.graph import Edit, aten
+from vit_export.export.graph import Edit, aten, like_its_input
 from vit_export.export.layers import constant
 
 _STANDS_OUT = 2.5  # times the median channel's range
@@ -151,7 +151,7 @@ def equalize(program: Program, choices: Sequence[Equalization]) -> Program:
 def _divide(edit: Edit, source: Node, readers: Sequence[Node], scale: Tensor) -> None:
     """Let readers have source / scale."""
     factor = edit.constant(f"{source.name}.divided", 1 / scale, source.next)
-    divided = edit.call(factor.next, aten.mul.Tensor, source, factor)
+    divided = like_its_input(edit.call(factor.next, aten.mul.Tensor, source, factor))
     for reader in readers:
         reader.replace_input_with(source, divided)
 

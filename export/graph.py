@@ -71,7 +71,9 @@ class Edit:
             unique = f"{name}_{count}"
         self.tensors[unique] = value.detach()
         with self.graph.inserting_before(before):
-            return self.graph.get_attr(unique)
+            node = self.graph.get_attr(unique)
+        node.meta["val"] = value.detach().to("meta")  # passes read shapes there
+        return node
 
     def call(self, before: Node, target: object, *args: object) -> Node:
         """Insert a call that carries the module path of the node it stands before."""
@@ -88,6 +90,13 @@ class Edit:
         """Let the users of `node` read `source` instead."""
         node.replace_all_uses_with(source)
         self.graph.erase_node(node)
+
+
+def like_its_input(node: Node) -> Node:
+    """Note that a call gives what its first argument gives: the same shape and type."""
+    if isinstance(node.args[0], Node) and "val" in node.args[0].meta:
+        node.meta["val"] = node.args[0].meta["val"]
+    return node
 
 
 def sole_user(node: Node) -> Node | None:

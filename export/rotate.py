@@ -24,7 +24,7 @@ from torch.fx import Node
 from vit_export.artifacts import Layer, Program
 from vit_export.export.bias import change_bias, change_constant
 from vit_export.export.channels import ChannelGroup, find_groups
-from vit_export.export.graph import Edit, aten
+from vit_export.export.graph import Edit, aten, like_its_input
 from vit_export.export.layers import Shapes
 from vit_export.export.program import example
 from vit_export.export.streams import Stream, find_streams
@@ -129,7 +129,8 @@ class _Turning:
                 before = held.next
                 name = f"{source.name}.turned_back"
                 weight = self.edit.constant(name, turn.T.float().contiguous(), before)
-                back[source.name] = self.edit.call(before, aten.linear.default, held, weight)
+                turned = self.edit.call(before, aten.linear.default, held, weight)
+                back[source.name] = like_its_input(turned)
             at.replace_input_with(held, back[source.name])
 
     def heads(self, group: ChannelGroup) -> int:

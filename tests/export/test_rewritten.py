@@ -13,7 +13,7 @@ from contracts.small import small_vit
 from vit_export.artifacts import Program
 from vit_export.export import rewritten
 from vit_export.export.bias import change_bias, change_constant
-from vit_export.export.graph import Edit
+from vit_export.export.graph import Edit, like_its_input
 from vit_export.export.onnx_graph import save, to_onnx
 from vit_export.export.program import example, trace
 from vit_export.export.targets.ort_model import OrtTarget
@@ -26,7 +26,8 @@ def traced() -> Program:
 
 
 def rewrite(traced: Program) -> Program:
-    """What searches do: other weights, a bias where there was none, another LayerNorm, scales of rounding."""
+    """What searches do: other weights, a bias where there was none, another LayerNorm, scales of rounding,
+    and calls of their own: outliers divided behind a GELU, a stream turned back."""
     edit = Edit.of(traced.graph)
     nodes = {node.name: node for node in edit.graph.nodes}
     layers = []
@@ -35,6 +36,11 @@ def rewrite(traced: Program) -> Program:
         layers.append(change_bias(edit, nodes[layer.node], layer, lambda bias: bias + 0.25))
     norm = next(edit.nodes(torch.ops.aten.layer_norm.default))
     change_constant(edit, norm, 2, lambda weight: weight / 2)
+    for gelu in edit.nodes(torch.ops.aten.gelu.default):
+        reader = next(iter(gelu.users))
+        factor = edit.constant(f"{gelu.name}.divided", torch.rand(192) + 0.5, gelu.next)
+        divided = like_its_input(edit.call(factor.next, torch.ops.aten.mul.Tensor, gelu, factor))
+        reader.replace_input_with(gelu, divided)
     scales = {layers[1].weight: torch.rand(layers[1].shape[0])}
     return replace(traced, graph=edit.build(), layers=tuple(layers), weight_scales=scales)
 
