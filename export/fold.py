@@ -30,6 +30,7 @@ _CASTS = (aten.to.dtype, aten.type_as.default, aten._to_copy.default)
 _FILLED = {
     aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.zeros_like.default: 0, aten.ones_like.default: 1
 }  # fmt: skip
+_ATTENTION = aten.scaled_dot_product_attention.default
 _RANDOM = (aten.rand.default, aten.randn.default, aten.rand_like.default, aten.bernoulli.p)
 
 
@@ -115,6 +116,27 @@ def _filled(node: Node) -> Tensor | None:
 
 def _makes_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
+
+
+def share_masks(edit: Edit) -> None:
+    """Masks and biases repeated for every image are constants again, and masks that hide nothing go.
+
+    transformers' models make a mask of the batch's size that lets every token see every other.
+    """
+    for expand in edit.nodes(aten.expand.default):
+        value = edit.tensor(expand.args[0])
+        sides = expand.args[1][1:]  # type: ignore[index]
+        if value is None or len(sides) + 1 != value.ndim or len(value) != 1 or not _static(sides):
+            continue
+        shared = edit.constant(f"{expand.args[0]}_shared", value.expand(1, *sides), expand)
+        for user in list(expand.users):
+            if user.target in (aten.add.Tensor, _ATTENTION) and user.args[0] is not expand:
+                user.replace_input_with(expand, shared)
+    for attention in edit.nodes(_ATTENTION):
+        mask = edit.tensor(_arg(attention, 3) or attention.kwargs.get("attn_mask"))
+        if mask is not None and mask.dtype is torch.bool and bool(mask.all()):
+            attention.args = (*attention.args[:3], None, *attention.args[4:])
+            attention.kwargs = {k: v for k, v in attention.kwargs.items() if k != "attn_mask"}
 
 
 def fold_batch_norm(edit: Edit) -> None:
@@ -211,6 +233,6 @@ def _arg(node: Node, index: int) -> object:
 
 
 FOLDS: tuple[Callable[[Edit], None], ...] = (
-    drop_no_ops, pool_as_mean, drop_unread_tokens, fold_constants, flatten_attention, fold_batch_norm,
-    fold_layer_scale,
+    drop_no_ops, pool_as_mean, fold_constants, share_masks, drop_unread_tokens, fold_constants,
+    flatten_attention, fold_batch_norm, fold_layer_scale,
 )  # fmt: skip
