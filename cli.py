@@ -205,6 +205,9 @@ def export(
     openvino_precision: Annotated[
         str | None, typer.Option(help="of OpenVINO's float part: auto, f32, bf16, f16; f32 unless int8")
     ] = None,
+    openvino_products: Annotated[
+        str | None, typer.Option(help="of OpenVINO int8: balanced (even work for x86 threads) or plain")
+    ] = None,
     int8_attention: Annotated[str | None, typer.Option(help="TensorRT: auto, on or off")] = None,
     trt_flavor: Annotated[str | None, typer.Option(help="TensorRT SDK: auto, tensorrt or rtx")] = None,
     trt_workspace_mib: Annotated[

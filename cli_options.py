@@ -26,7 +26,7 @@ TARGET_OPTIONS = (
     "license",
     "int8_attention", "trt_flavor", "trt_workspace_mib", "trt_optimization_level", "trt_compatibility",
     "trt_dla_core", "trt_version_compatible", "onnx_operators",
-    "openvino_precision",
+    "openvino_precision", "openvino_products",
 )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ CHOICES: Mapping[str, tuple[Choice, ...]] = {
     ),
     "openvino": (
         Choice("type of the float rest", "build", "openvino_precision", ("auto", "f32"), _INT8, _bf16),
+        Choice("integer products", "build", "openvino_products", ("balanced", "plain"), _INT8),
         Choice("opset", "build", "opset", (20, 23)),
         Choice("hint", "session", "hint", ("LATENCY", "THROUGHPUT")),
     ),

@@ -163,14 +163,15 @@ def _fake_quantize(edit: Edit, source: Node, p: QParams, before: Node) -> Node:
     first = before if first.op == "output" else first
     arguments = (p.scale, p.zero_point, p.low, p.high, p.dtype)
     meta = {k: v for k, v in before.meta.items() if k == "nn_module_stack"}
+    meta |= {k: v for k, v in source.meta.items() if k == "val"}
     if p.shift:
         source = edit.call(first, aten.sub.Tensor, source, p.shift)
         source.meta = dict(meta)
     stored = edit.call(first, QUANTIZE, source, *arguments)
-    stored.meta = meta
+    stored.meta = {k: v.to(p.dtype) if k == "val" else v for k, v in meta.items()}
     with edit.graph.inserting_after(stored):
         restored = edit.graph.call_function(DEQUANTIZE, (stored, *arguments))
-    restored.meta = dict(stored.meta)
+    restored.meta = meta
     return restored
 
 

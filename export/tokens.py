@@ -12,18 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.fx import Node
 
 from vit_export.export.graph import Edit, aten
-
-_SAME = (
-    aten.gelu.default, aten.relu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
-    aten.hardtanh.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
-)  # fmt: skip
-_BROADCAST = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_ATTENTION = aten.scaled_dot_product_attention.default
+from vit_export.export.token_rows import PARTS, argument, row_sources, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +75,10 @@ def _passes(node: Node, part: Part) -> bool:
 
     Leaving out the class token of a model that reads all others would spare nothing.
     """
-    shape = _shape(node)
+    shape = shape_of(node)
     if part.dim == 0 or not shape or not isinstance(shape[part.dim], int) or part.count * 2 > shape[part.dim]:
         return False
-    return node.target not in _TAKES and any(True for _ in _asks(node, part))
+    return node.target not in PARTS and any(True for _ in _asks(node, part))
 
 
 def _asks(node: Node, part: Part | None) -> Iterator[tuple[Node, Part]]:
@@ -95,7 +87,7 @@ def _asks(node: Node, part: Part | None) -> Iterator[tuple[Node, Part]]:
     if taken is not None:
         yield node.args[0], taken  # type: ignore[misc]
     elif part is not None and node.op == "call_function":
-        for source, dim in _rows(node, part.dim):
+        for source, dim in row_sources(node, part.dim):
             yield source, Part(dim, part.start, part.stop)
 
 
@@ -106,8 +98,8 @@ def _taken(node: Node) -> Part | None:
     """What a select, or a slice with a step of one, takes; None for other nodes."""
     if node.target not in _TAKES:
         return None
-    source, dim, first = _argument(node, 0), int(_argument(node, 1, 0)), _argument(node, 2, 0)
-    shape = _shape(source)
+    source, dim, first = argument(node, 0), int(argument(node, 1, 0)), argument(node, 2, 0)
+    shape = shape_of(source)
     dim %= max(1, len(shape))
     size = shape[dim] if shape else None
     if dim == 0 or not isinstance(size, int) or not isinstance(first, int | None):
@@ -115,61 +107,11 @@ def _taken(node: Node) -> Part | None:
     if node.target is aten.select.int:
         assert first is not None
         return Part(dim, first % size, first % size + 1)
-    last = _argument(node, 3)
-    if not isinstance(last, int | None) or _argument(node, 4, 1) != 1:
+    last = argument(node, 3)
+    if not isinstance(last, int | None) or argument(node, 4, 1) != 1:
         return None
     start, stop, _ = slice(first, last).indices(size)
     return Part(dim, start, stop) if stop > start else None
-
-
-def _rows(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
-    """(input, its dimension) for each input whose rows become the rows of `dim`; none if rows are mixed."""
-    rank, first = len(_shape(node)), _argument(node, 0)
-    if node.target in _BROADCAST and all(_shape(source) for source in node.all_input_nodes):
-        for source in node.all_input_nodes:
-            own = dim - (rank - len(_shape(source)))
-            if own >= 0 and _shape(source)[own] != 1:
-                yield source, own
-    elif node.target is aten.transpose.int:
-        one, other = (int(a) % rank for a in node.args[1:3])  # type: ignore[arg-type]
-        yield first, {one: other, other: one}.get(dim, dim)
-    elif node.target is aten.permute.default:
-        yield first, int(node.args[1][dim]) % rank  # type: ignore[index, arg-type]
-    elif node.target is aten.reshape.default:
-        if _keeps(node, dim):
-            yield first, dim
-    elif node.target is _ATTENTION:
-        yield from _queries(node, dim)
-    elif node.target in _SAME or _per_row(node, dim, rank):
-        yield first, dim
-
-
-def _per_row(node: Node, dim: int, rank: int) -> bool:
-    """Operators that compute each row from the same row of their first input."""
-    if node.target in _SOFTMAX:
-        return dim != int(node.args[1]) % rank  # type: ignore[arg-type]
-    if node.target is aten.layer_norm.default:
-        return dim < rank - len(node.args[1])  # type: ignore[arg-type]
-    if node.target is aten.matmul.default:
-        return dim == rank - 2 and len(_shape(node.args[0])) == rank
-    return node.target is aten.linear.default and dim < rank - 1
-
-
-def _queries(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
-    """Attention's result has a row a query; so has a mask, unless it is the same for all."""
-    mask, causal = _argument(node, 3, node.kwargs.get("attn_mask")), _argument(node, 5)
-    if dim != len(_shape(node)) - 2 or causal or node.kwargs.get("is_causal"):
-        return
-    yield node.args[0], dim  # type: ignore[misc]
-    if isinstance(mask, Node) and _shape(mask)[-2] != 1:
-        yield mask, len(_shape(mask)) - 2
-
-
-def _keeps(node: Node, dim: int) -> bool:
-    """Whether a reshape leaves `dim` and all before it as they are (the batch may be a symbol)."""
-    before, after = _shape(node.args[0]), _shape(node)
-    same = len(before) > dim and list(before[1 : dim + 1]) == list(after[1 : dim + 1])
-    return same and str(before[0]) == str(after[0])
 
 
 def _give(edit: Edit, node: Node, source: Node, part: Part, have: Part | None) -> None:
@@ -196,12 +138,3 @@ def _narrow(node: Node, part: Part) -> None:
         shape: list[Any] = list(node.args[1])  # type: ignore[arg-type]
         shape[part.dim] = part.count
         node.args = (node.args[0], shape)
-
-
-def _shape(node: object) -> tuple[Any, ...]:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _argument(node: Node, index: int, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else default

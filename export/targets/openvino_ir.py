@@ -11,6 +11,7 @@ from vit_export.errors import UsageError
 from vit_export.export.target import Target
 
 PRECISIONS = ("auto", "f32", "bf16", "f16")
+PRODUCTS = ("balanced", "plain")  # of int8: shaped so that x86 threads share them evenly, or as they are
 
 
 class OpenVinoTarget(Target):
@@ -38,14 +39,23 @@ class OpenVinoTarget(Target):
         from vit_export.export.onnx_graph import save, to_onnx
         from vit_export.export.onnx_integer import drop_zero_points
         from vit_export.export.openvino_ir_file import write_ir
+        from vit_export.export.pad_tokens import pad_tokens
+        from vit_export.export.single_query import merge_single_query
+        from vit_export.export.split_products import split_wide_products
 
+        program = merge_single_query(program)
+        details: dict[str, Any] = {}
+        alone = request.options.get("weights") if request.precision is Precision.INT8 else None
+        if request.precision is Precision.INT8 and not alone:
+            details["products"] = _products(request)
+            if details["products"] == "balanced":
+                program = split_wide_products(pad_tokens(program))
         graph = to_onnx(
             program, self.profile(request.precision, {"opset": request.opset}), batch_size=request.batch_size
         )
         tidy_attention(graph)
         drop_zero_points(graph)
-        details: dict[str, Any] = {}
-        if request.precision is Precision.INT8 and (alone := request.options.get("weights")):
+        if alone:
             from vit_export.export.onnx_weights import INTEGER, weight_products
 
             details |= {"weights_only": alone, "weight_products": weight_products(graph, INTEGER)}
@@ -68,6 +78,13 @@ class OpenVinoTarget(Target):
         rest = artifact.details.get("inference_precision", "f32")
         options = {"inference_precision": None if rest == "auto" else rest}
         return Runnable("openvino", artifact.path, threads, options)
+
+
+def _products(request: BuildRequest) -> str:
+    wanted = str(request.options.get("openvino_products") or PRODUCTS[0])
+    if wanted not in PRODUCTS:
+        raise UsageError(f"unknown --openvino-products {wanted!r}", f"one of {', '.join(PRODUCTS)}")
+    return wanted
 
 
 def _rest(request: BuildRequest) -> str:

@@ -45,8 +45,11 @@ class OrtTarget(Target):
         from vit_export.export.child import in_child
         from vit_export.export.onnx_graph import save, to_onnx
         from vit_export.export.onnx_kernels import integer_kernels
+        from vit_export.export.single_query import merge_single_query
 
         profile = self.profile(request.precision, {"opset": request.opset})
+        if profile.rest == "float32":
+            program = merge_single_query(program)
         model = to_onnx(program, profile, batch_size=request.batch_size)
         details: dict[str, Any] = {"opset": model.opset_imports[""]}
         if profile.rest == "float16":

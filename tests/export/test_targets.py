@@ -58,11 +58,12 @@ class TestOrt(TargetContract):
         assert b"site-packages" not in data and b".py" not in data
 
     def test_attention_is_one_node_without_transposes(self, program: Program, built: Built) -> None:
-        """At opset 23 each block has one Attention and no Transpose or Squeeze around it."""
+        """At opset 23 each block has one Attention and no Transpose or Squeeze around it; the last, with one
+        query, has products over the tokens themselves."""
         artifact = built(Precision.FP32)
         kinds = [node.op_type for node in onnx.load(str(artifact.path)).graph.node]
-        assert kinds.count("Attention") == 2 and kinds.count("Gelu") == 2
-        assert "Squeeze" not in kinds and kinds.count("Transpose") == 1  # the patch embedding's
+        assert kinds.count("Attention") == 1 and kinds.count("Gelu") == 2 and kinds.count("Softmax") == 1
+        assert "Squeeze" not in kinds and kinds.count("Transpose") == 3  # patches, last tokens, the answer
 
     def test_the_same_program_gives_the_same_bytes(
         self, target: Target, program: Program, plain: QuantPlan, built: Built, tmp_path: Path
