@@ -5,7 +5,7 @@ when both have one shape. The kernel takes in the transposes of the queries and 
 bfloat16 only the first. With as many queries as heads [B, H, N, D] and [B, N, H, D] are one shape: the kernel
 then reads one order, writes another, and overwrites queries that it still needs (5 to 9 dB instead of 50).
 Measured: wrong where exactly one of the two transposes is fused, H = N and the batch is static, in float32 as
-in bfloat16. PVTv2's last stage at 64 pixels is such an attention (4 tokens, 4 heads), a Swin with 16 heads and
+in bfloat16. PVTv2's last stage at 64 pixels is such an attention (4 tokens, 4 heads), Swin with 16 heads and
 windows of 4x4 another.
 """
 
