@@ -70,9 +70,13 @@ class Edit:
             count += 1
             unique = f"{name}_{count}"
         self.tensors[unique] = value.detach()
+        return self.read(unique, before)
+
+    def read(self, name: str, before: Node) -> Node:
+        """Read a constant in front of a node, with its shape where passes look for it."""
         with self.graph.inserting_before(before):
-            node = self.graph.get_attr(unique)
-        node.meta["val"] = value.detach().to("meta")  # passes read shapes there
+            node = self.graph.get_attr(name)
+        node.meta["val"] = self.tensors[name].detach().to("meta")
         return node
 
     def call(self, before: Node, target: object, *args: object) -> Node:

@@ -82,17 +82,12 @@ def load(traced: Program, folder: Path) -> Program:
     for wire in wiring.wires:
         node = nodes[wire.node]
         arguments = [*node.args, *[None] * (wire.index + 1 - len(node.args))]
-        arguments[wire.index] = _read(edit, node, wire.target) if wire.constant else nodes[wire.target]
+        arguments[wire.index] = edit.read(wire.target, node) if wire.constant else nodes[wire.target]
         node.args = tuple(arguments)
     for new in wiring.insertions:
         like_its_input(nodes[new.name])
     scales = {k.removeprefix(_SCALE): v for k, v in held.items() if k.startswith(_SCALE)}
     return replace(traced, graph=edit.build(), layers=wiring.layers, weight_scales=scales)
-
-
-def _read(edit: Edit, node: Node, constant: str) -> Node:
-    with edit.graph.inserting_before(node):
-        return edit.graph.get_attr(constant)
 
 
 def _wires(edit: Edit) -> list[Wire]:

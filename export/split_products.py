@@ -43,12 +43,12 @@ def _is_cut(linear: Node) -> bool:
 
 
 def _split(edit: Edit, linear: Node, parts: int) -> None:
-    ends = [linear, *_elementwise(linear)]
+    ends = [linear, *_elementwise(edit, linear)]
     outputs = []
     for index in range(parts):
         source = _part(edit, linear, index, parts)
         for node in ends[1:]:
-            source = _repeat(edit, node, source)
+            source = _repeat(edit, node, source, index, parts)
         outputs.append(source)
     last = ends[-1]
     joined = edit.call(last.next, aten.cat.default, outputs, 2)
@@ -56,11 +56,11 @@ def _split(edit: Edit, linear: Node, parts: int) -> None:
     last.replace_all_uses_with(joined)
 
 
-def _elementwise(node: Node) -> list[Node]:
+def _elementwise(edit: Edit, node: Node) -> list[Node]:
     """The calls behind a node that treat each value by itself, as long as nobody reads what is between."""
     found = []
     user = sole_user(node)
-    while user is not None and user.target in _EACH and user.args[0] is node:
+    while user is not None and user.args[0] is node and (user.target in _EACH or _by_channel(edit, user)):
         found.append(user)
         node, user = user, sole_user(user)
     return found
@@ -75,8 +75,21 @@ def _part(edit: Edit, linear: Node, index: int, parts: int) -> Node:
     return part
 
 
-def _repeat(edit: Edit, node: Node, source: Node) -> Node:
-    copied = edit.call(node, node.target, source, *node.args[1:])
+def _by_channel(edit: Edit, node: Node) -> bool:
+    """Whether a call multiplies each channel by a constant of its own."""
+    factor = edit.tensor(node.args[1]) if node.target is aten.mul.Tensor else None
+    return factor is not None and factor.ndim == 1 and len(factor) == shape_of(node)[-1]
+
+
+def _repeat(edit: Edit, node: Node, source: Node, index: int, parts: int) -> Node:
+    """A call behind the whole product, behind one of its parts."""
+    more = node.args[1:]
+    if _by_channel(edit, node):
+        factor = edit.tensor(more[0])
+        assert factor is not None and isinstance(more[0], Node)
+        part = factor.chunk(parts)[index].contiguous()
+        more = (edit.constant(f"{more[0].target}_part_{index}", part, node),)
+    copied = edit.call(node, node.target, source, *more)
     copied.kwargs = node.kwargs
     copied.meta["val"] = node.meta["val"].new_empty(source.meta["val"].shape)
     return copied
