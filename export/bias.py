@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from vit_export.artifacts import Images, Layer, Program
+from vit_export.export.channel_means import channel_means
 from vit_export.export.graph import Edit
 from vit_export.export.layers import constant
 
@@ -54,42 +55,13 @@ def correct_biases(
     batches: float32 [n, 3, H, W].
     """
     linears = tuple(layer for layer in program.layers if layer.kind == "linear" and layer.bias is not None)
-    watch = _Means(quantized, program, linears)
-    with torch.inference_mode():
-        for images in batches:
-            watch.run(torch.from_numpy(images))
     edit = Edit.of(program.graph)
     nodes = {node.name: node for node in edit.graph.nodes}
+    inputs = {layer.node: str(nodes[layer.node].args[0]) for layer in linears}  # before Q/DQ
+    means = channel_means(quantized, {*inputs, *inputs.values()}, batches)
     for layer in linears:
-        seen, made = watch.means(layer)
+        seen, made = means[inputs[layer.node]], means[layer.node]
         weight, bias = (constant(original.graph, str(name)).detach() for name in (layer.weight, layer.bias))
         wanted = weight.double() @ seen + bias.double()
         change_bias(edit, nodes[layer.node], layer, lambda b, d=wanted - made: (b + d).float())
     return replace(program, graph=edit.build())
-
-
-class _Means(Interpreter):
-    """Means over images and tokens of what each linear is given (before Q/DQ) and gives, float64 [C]."""
-
-    def __init__(self, quantized: GraphModule, program: Program, linears: Iterable[Layer]) -> None:
-        super().__init__(quantized)
-        nodes = {node.name: node for node in program.graph.graph.nodes}
-        self._inputs = {layer.node: nodes[layer.node].args[0].name for layer in linears}
-        self._wanted = {*self._inputs, *self._inputs.values()}
-        self._sums: dict[str, Tensor] = {}
-        self._rows: dict[str, int] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self._wanted:
-            rows = value.reshape(-1, value.shape[-1])
-            self._sums[n.name] = self._sums.get(n.name, 0) + rows.sum(0, dtype=torch.float64)
-            self._rows[n.name] = self._rows.get(n.name, 0) + len(rows)
-        return value
-
-    def means(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """(of the input, of the output) of a layer."""
-        source, made = (
-            self._sums[name] / self._rows[name] for name in (self._inputs[layer.node], layer.node)
-        )
-        return source, made

@@ -14,15 +14,14 @@ DINOv2-S, whose scores reach 299 while they differ by 4 (rms) within a row: docs
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
 
 from vit_export.artifacts import Images, Program
 from vit_export.export.bias import change_bias, change_constant
+from vit_export.export.channel_means import channel_means
 from vit_export.export.channels import find_groups, find_keys
 from vit_export.export.equalize import Equalization, equalize
 from vit_export.export.graph import Edit, aten
@@ -56,30 +55,9 @@ def _at(means: Tensor, channels: Tensor) -> Tensor:
     return kept
 
 
-def _channel_means(program: Program, names: set[str], images: Images) -> dict[str, Tensor]:
-    """Mean over images and tokens of each channel (the last axis) of some nodes, float32 [C] by node name."""
+def _channel_means(program: Program, nodes: set[str], images: Images) -> dict[str, Tensor]:
+    """float32 [C] by node name, over images in batches that the program takes."""
     step = 1 if program.dynamic_batch else program.batch_size
     whole = np.resize(images, (-(-len(images) // step) * step, *images.shape[1:]))  # repeats the first ones
-    watch = _Sums(program, names)
-    with torch.inference_mode():
-        for start in range(0, len(whole), step):
-            watch.run(torch.from_numpy(whole[start : start + step]))
-    return {name: total.div(watch.rows[name]).float() for name, total in watch.sums.items()}
-
-
-class _Sums(Interpreter):
-    """Sums each channel of the named nodes, float64 [C], and counts what went into it."""
-
-    def __init__(self, program: Program, names: set[str]) -> None:
-        super().__init__(program.graph)
-        self._names = names
-        self.sums: dict[str, Tensor] = {}
-        self.rows: dict[str, int] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self._names:
-            rows = value.reshape(-1, value.shape[-1])
-            self.sums[n.name] = self.sums.get(n.name, 0) + rows.sum(0, dtype=torch.float64)
-            self.rows[n.name] = self.rows.get(n.name, 0) + len(rows)
-        return value
+    batches = (whole[start : start + step] for start in range(0, len(whole), step))
+    return {name: mean.float() for name, mean in channel_means(program.graph, nodes, batches).items()}
