@@ -37,6 +37,8 @@ from vit_export.stage_keys import chips, key
 from vit_export.stages import Stages, artifact_of, failure
 from vit_export.store import Key
 
+Built = tuple[Target, BuiltArtifact] | Result  # a failed result where there is no artifact
+
 _BATCH = 8  # images a calibration step, where the program takes any number
 _SAMPLES = 8  # images a target may look at while it builds
 
@@ -193,7 +195,7 @@ class SizeBuilder:
     digest: str  # of the program
     tuned: Mapping[tuple[str, Precision], Tuned] = dataclasses.field(default_factory=dict)
 
-    def build_all(self) -> Iterator[tuple[Target, BuiltArtifact] | Result]:
+    def build_all(self) -> Iterator[Built]:
         """One artifact, or one failed result, for each target and precision."""
         wanted = [(target, precision) for target in self.targets for precision in self.job.precisions]
         for done, (target, precision) in enumerate(wanted):

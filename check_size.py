@@ -10,7 +10,7 @@ import numpy as np
 
 from vit_export.artifacts import BuiltArtifact, EvalSet, Logits, Precision, QuantPlan
 from vit_export.blame_size import Blame, Predict
-from vit_export.build_size import Tuned
+from vit_export.build_size import Built, Tuned
 from vit_export.errors import ParityError
 from vit_export.export.program import PARITY
 from vit_export.export.target import Target
@@ -40,7 +40,7 @@ class SizeChecker:
     embeddings: bool
     outputs: dict[str, Logits] = field(default_factory=dict)
 
-    def check(self, item: tuple[Target, BuiltArtifact] | Result) -> Result:
+    def check(self, item: Built) -> Result:
         """Run one artifact on the evaluation images and compare it with the baseline."""
         if isinstance(item, Result):
             return item

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vit_export.artifacts import (
@@ -19,7 +19,15 @@ from vit_export.artifacts import (
 )
 from vit_export.attention_job import AttentionJob
 from vit_export.blame_size import Blame
-from vit_export.build_size import Calibrated, Samples, SizeBuilder, Tuned, calibrated_once, judging_profile
+from vit_export.build_size import (
+    Built,
+    Calibrated,
+    Samples,
+    SizeBuilder,
+    Tuned,
+    calibrated_once,
+    judging_profile,
+)
 from vit_export.calibration.checks import inspect
 from vit_export.calibration.preprocess import batches
 from vit_export.check_size import SizeChecker
@@ -92,13 +100,10 @@ class OneSize:
 
     def run(self) -> Outcome:
         """Trace, calibrate, build, run, time and judge."""
-        program = self.trace()
-        evaluation = self.pixels("eval")
+        program, evaluation = self.trace(), self.pixels("eval")
         shown = next(iter(evaluation.parts), evaluation)  # what is at hand of images in parts
         calibration = self.calibrate(program)
-        calib = calibration.images if calibration else None
-        doubts = inspect(calib, shown if self.sources.evaluation else None) if calib else ()
-        doubts += self._overflows(program, calib or shown)
+        doubts = self._doubts(program, calibration, shown)
         baseline = self.baseline(program)
         reference = self._predict(BASELINE, baseline, evaluation)
         if calibration is not None:
@@ -108,53 +113,27 @@ class OneSize:
             builder = self._tuned(builder, shown, reference.logits, self.job.tune)
         built = list(builder.build_all())
         checker = self._checker(calibration, evaluation, reference.logits)
-        results = [checker.check(item) for item in built]
-        cost = KeptCost(calibration) if calibration else None
-        twins = self._twins(cost, builder, built, results) if cost else {}
-        timings = self._time(baseline, built, results, evaluation, twins)
-        results = [timed(result, timings) for result in results]
-        results = [cost.told(result, timings) for result in results] if cost else results
+        results, timings = self._timed(
+            baseline, built, [checker.check(item) for item in built], builder, evaluation
+        )
         results = [
-            self._profiled(result, item, reference.logits, evaluation)
+            self._observed(result, item, reference.logits, evaluation, shown)
             for result, item in zip(results, built, strict=True)
         ]
-        if self.job.throughput:
-            results = [
-                item if isinstance(item, Result) else self._throughput(result, *item, shown)
-                for result, item in zip(results, built, strict=True)
-            ]
         summary = self._baseline(reference, evaluation, timings)
-        pairs = zip(results, built, strict=True)
-        opened = {r.name: item[0].runnable(item[1], 0) for r, item in pairs if not isinstance(item, Result)}
         return Outcome(
-            program,
-            summary,
-            tuple(
-                judged(
-                    results,
-                    family=self.model.family,
-                    spec=self.model.spec,
-                    limits=self.job.limits,
-                    embeddings=self._embeddings,
-                )
-            ),
-            evaluation,
-            calib,
-            doubts,
-            self.model.notes,
-            SizeImages(evaluation, reference.logits, summary, opened),
-            attention_of(
-                self.job,
-                program,
-                calibration,
-                self.targets,
-                evaluation,
-                self.work / f"attention-{self._name}.npy",
-                classes=not self._embeddings,
-            ),
-            tuple(None if isinstance(item, Result) else item[1] for item in built),
-            checker.outputs,
-            calibration.plan if calibration else None,
+            program=program,
+            baseline=summary,
+            results=self._judged(results),
+            evaluation=evaluation,
+            calib=calibration.images if calibration else None,
+            doubts=doubts,
+            notes=self.model.notes,
+            carried=SizeImages(evaluation, reference.logits, summary, _opened(results, built)),
+            attention=self._attention(program, calibration, evaluation),
+            built=tuple(None if isinstance(item, Result) else item[1] for item in built),
+            outputs=checker.outputs,
+            plan=calibration.plan if calibration else None,
         )
 
     def trace(self) -> Program:
@@ -192,6 +171,12 @@ class OneSize:
         if which == "eval" and self.job.part and len(source) > self.job.part:
             return self.stages.in_parts(*wanted, self.job.part)
         return self.stages.pixels(*wanted, notify=self.notify)
+
+    def _doubts(self, program: Program, calibration: Calibrated | None, shown: EvalSet) -> tuple[str, ...]:
+        """What is odd about the calibration images, and what overflows in float16."""
+        calib = calibration.images if calibration else None
+        odd = inspect(calib, shown if self.sources.evaluation else None) if calib else ()
+        return odd + self._overflows(program, calib or shown)
 
     def _overflows(self, program: Program, images: EvalSet) -> tuple[str, ...]:
         """Where float16 overflows on the first images, if any artifact computes in it."""
@@ -281,24 +266,42 @@ class OneSize:
             content=self.content(runnable),
         )
 
-    def _twins(
+    def _timed(
         self,
-        cost: KeptCost,
-        builder: SizeBuilder,
-        built: Sequence[tuple[Target, BuiltArtifact] | Result],
+        baseline: Runnable,
+        built: Sequence[Built],
         results: Sequence[Result],
+        builder: SizeBuilder,
+        images: EvalSet,
+    ) -> tuple[list[Result], Timings]:
+        """The results with their latency, and what their layers kept float within --max-drop cost."""
+        if not self.timed:
+            return list(results), Timings({})
+        ran = {
+            result.name: item
+            for item, result in zip(built, results, strict=True)
+            if not isinstance(item, Result) and result.status == "ok" and not item[0].not_timed()
+        }
+        runnables = {name: item[0].runnable(item[1], self.job.threads) for name, item in ran.items()}
+        cost = KeptCost(builder.calibration) if builder.calibration else None
+        twins = self._twins(cost, builder, ran.values()) if cost else {}
+        timings = alternate(
+            {BASELINE: baseline, **runnables, **twins},
+            data=images,
+            batch=self.job.batch_size or 1,
+            timeout=self.job.timeout,
+            progress=lambda name, done, total: self.notify("measure latency", done, total),
+        )
+        found = [timed(result, timings) for result in results]
+        return [cost.told(result, timings) if cost else result for result in found], timings
+
+    def _twins(
+        self, cost: KeptCost, builder: SizeBuilder, ran: Iterable[tuple[Target, BuiltArtifact]]
     ) -> dict[str, Runnable]:
         """Of int8 artifacts with layers kept within --max-drop, those without: their times tell the cost."""
-        if not (self.timed and cost.kept):
+        if not cost.kept:
             return {}
-        targets = [
-            item[0]
-            for item, result in zip(built, results, strict=True)
-            if not isinstance(item, Result)
-            and item[1].precision is Precision.INT8
-            and result.status == "ok"
-            and not item[0].not_timed()
-        ]
+        targets = [target for target, artifact in ran if artifact.precision is Precision.INT8]
         folder = self.work / f"all-int8-{self._name}"
         return dict(cost.twin(builder, target, folder / target.name) for target in targets)
 
@@ -312,45 +315,36 @@ class OneSize:
         self.tuned = tuner.run()
         return dataclasses.replace(builder, tuned=self.tuned)
 
-    def _throughput(self, result: Result, target: Target, artifact: BuiltArtifact, images: EvalSet) -> Result:
-        return measured(result, target.runnable(artifact, self.job.threads), images, self.notify)
-
-    def _time(
-        self,
-        baseline: Runnable,
-        built: Sequence[tuple[Target, BuiltArtifact] | Result],
-        results: Sequence[Result],
-        images: EvalSet,
-        twins: Mapping[str, Runnable],
-    ) -> Timings:
-        if not self.timed:
-            return Timings({})
-        runnables = {BASELINE: baseline}
-        for item, result in zip(built, results, strict=True):
-            if not isinstance(item, Result) and result.status == "ok" and not item[0].not_timed():
-                runnables[result.name] = item[0].runnable(item[1], self.job.threads)
-        return alternate(
-            {**runnables, **twins},
-            data=images,
-            batch=self.job.batch_size or 1,
-            timeout=self.job.timeout,
-            progress=lambda name, done, total: self.notify("measure latency", done, total),
-        )
-
-    def _profiled(
-        self, result: Result, item: tuple[Target, BuiltArtifact] | Result, reference: Logits, images: EvalSet
+    def _observed(
+        self, result: Result, item: Built, reference: Logits, images: EvalSet, shown: EvalSet
     ) -> Result:
-        """What the runtime's own measurements add, for runtimes that have any (profiles.py)."""
+        """A timed artifact with its runtime's own measurements (profiles.py) and, with --throughput, more."""
         if isinstance(item, Result) or result.latency_ms is None:
             return result
         target, artifact = item
-        return profiled(
+        runnable = target.runnable(artifact, self.job.threads)
+        result = profiled(
             result,
-            target.runnable(artifact, self.job.threads),
+            runnable,
             images,
             self.work,
             lambda logits: compare(reference, logits, images.labels, embeddings=self._embeddings),
             timeout=self.job.timeout,
+        )
+        return measured(result, runnable, shown, self.notify) if self.job.throughput else result
+
+    def _judged(self, results: Sequence[Result]) -> tuple[Result, ...]:
+        model, limits = self.model, self.job.limits
+        return tuple(
+            judged(results, family=model.family, spec=model.spec, limits=limits, embeddings=self._embeddings)
+        )
+
+    def _attention(
+        self, program: Program, calibration: Calibrated | None, images: EvalSet
+    ) -> AttentionJob | None:
+        path = self.work / f"attention-{self._name}.npy"
+        return attention_of(
+            self.job, program, calibration, self.targets, images, path, classes=not self._embeddings
         )
 
     def _baseline(self, reference: Prediction, images: EvalSet, timings: Timings) -> Baseline:
@@ -368,3 +362,9 @@ class OneSize:
             predictions=None if self._embeddings else PackedIds.pack(predictions(reference.logits)),
         )
         return timed_baseline(baseline, timings)
+
+
+def _opened(results: Sequence[Result], built: Sequence[Built]) -> dict[str, Runnable]:
+    """How a device opens what was built, by name."""
+    pairs = zip(results, built, strict=True)
+    return {r.name: item[0].runnable(item[1], 0) for r, item in pairs if not isinstance(item, Result)}
