@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from vit_export.runtime.comparison import HEADERS, Group, Run, doubts, groups, p50, rows
 from vit_export.runtime.html_charts import WITHOUT, Bar, available, bars, figure
 from vit_export.runtime.html_tree import Child, Node, badge, el, items, page, section, table
-from vit_export.runtime.report_cells import milliseconds, number
-from vit_export.runtime.report_html import join, summary
+from vit_export.runtime.report_cells import join, milliseconds, number
+from vit_export.runtime.report_html import summary
 from vit_export.runtime.report_schema import Result
 
 

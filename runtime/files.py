@@ -1,7 +1,8 @@
 """Files that are complete or absent: write beside the target under a temporary name, then rename.
 
 A rename within one directory is atomic on POSIX and on Windows, so a reader, a killed process or a full
-disk never meets half a report. Everything the runtime package writes goes through here.
+disk never meets half a report. Everything the runtime package writes goes through here, and what a user gives
+it to read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vit_export.errors import UsageError
+from vit_export.errors import InputError, UsageError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -36,6 +37,21 @@ def write_atomic(path: Path, data: bytes) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def read_bounded(path: Path, most: int, what: str) -> bytes:
+    """The content of a file that a user named. most: bytes it may have; what: it should be, for messages.
+
+    Raises InputError for what is no file, is larger or cannot be read.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise InputError(f"{path} is not a file")
+        if path.stat().st_size > most:
+            raise InputError(f"{path} is too large for a {what}: {path.stat().st_size} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the {what} {path}: {error.strerror or error}") from error
 
 
 @contextmanager

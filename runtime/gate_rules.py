@@ -20,6 +20,7 @@ import msgspec
 
 from vit_export.errors import InputError
 from vit_export.python310 import tomllib
+from vit_export.runtime.files import read_bounded
 from vit_export.runtime.gate_metrics import METRICS
 from vit_export.runtime.report_schema import Result
 
@@ -100,14 +101,9 @@ def default_rules(*, baseline: bool) -> Rules:
 
 def read_rules(path: Path) -> Rules:
     """Rules from a TOML file. Raises InputError with the place of what is wrong."""
+    text = read_bounded(path, MAX_BYTES, "file of rules")
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe may never end
-            raise InputError(f"{path} is not a file")
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} is too large for a file of rules")
-        return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Rules)
-    except OSError as error:
-        raise InputError(f"cannot read the rules {path}: {error.strerror or error}") from error
+        return msgspec.convert(tomllib.loads(text.decode()), Rules)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {error}") from error
     except msgspec.ValidationError as error:

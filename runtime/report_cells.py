@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vit_export.artifacts import Latency
-from vit_export.runtime.report_schema import Baseline, Device, Report, Result
+from vit_export.runtime.report_schema import Baseline, Device, EvalData, Report, Result
 
 HEADERS = ("artifact", "MB", "p50 ms", "p99 ms", "speed", "top-1", "drop", "agree", "SQNR", "verdict")
 NONE = "-"
@@ -57,6 +57,25 @@ def untimed(report: Report) -> Iterator[tuple[str, str]]:
 def printable(text: str) -> str:
     """Text from elsewhere without terminal escapes and control characters."""
     return _UNPRINTABLE.sub("", text)
+
+
+def join(*facts: str) -> str:
+    """Facts in one line, empty ones left out."""
+    return ", ".join(fact for fact in facts if fact)
+
+
+def image_facts(report: Report) -> Iterator[str]:
+    """Lines about the images: how many of which, and how each becomes the network's input."""
+    for name, data in (("calibration", report.data.calib), ("evaluation", report.data.eval)):
+        if data is not None:
+            labels = "labelled" if isinstance(data, EvalData) and data.labels else ""
+            skipped = f"{data.skipped} unreadable" if data.skipped else ""
+            yield f"{name}: {join(f'{data.images} images', labels, skipped, data.path)}"
+    contract = report.model.preprocessing
+    yield (
+        f"preprocessing: {contract.interpolation} to {shown_size(contract.size)}, "
+        f"{contract.crop_mode} crop {contract.crop_pct:g}, mean {contract.mean}, std {contract.std}"
+    )
 
 
 def device_facts(device: Device) -> Iterator[str]:

@@ -15,7 +15,7 @@ import msgspec
 
 from vit_export.errors import InputError, UsageError
 from vit_export.runtime import report_schema
-from vit_export.runtime.files import write_atomic
+from vit_export.runtime.files import read_bounded, write_atomic
 from vit_export.runtime.report_schema import Report
 
 WRITERS: Mapping[str, tuple[str, str]] = {
@@ -63,15 +63,7 @@ def read(path: Path) -> Report:
     a field missing, unknown or of the wrong type or range.
     """
     path = path / WRITERS["json"][0] if path.is_dir() else path
-    try:
-        if path.exists() and not path.is_file():  # a device or a pipe may never end
-            raise InputError(f"{path} is not a file")
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} is too large for a report: {path.stat().st_size} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the report {path}: {error.strerror or error}") from error
-    return _decode(data, path)
+    return _decode(read_bounded(path, MAX_BYTES, "report"), path)
 
 
 def _decode(data: bytes, path: Path) -> Report:

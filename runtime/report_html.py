@@ -17,8 +17,19 @@ from vit_export.runtime import html_figures as figures
 from vit_export.runtime.flips import Flip, confusion, flips
 from vit_export.runtime.html_charts import WITHOUT, available
 from vit_export.runtime.html_tree import Child, Node, badge, el, items, page, section, table
-from vit_export.runtime.report_cells import HEADERS, megabytes, number, printable, rows, status, untimed, why
-from vit_export.runtime.report_schema import Baseline, EvalData, Gate, Report, Result
+from vit_export.runtime.report_cells import (
+    HEADERS,
+    image_facts,
+    join,
+    megabytes,
+    number,
+    printable,
+    rows,
+    status,
+    untimed,
+    why,
+)
+from vit_export.runtime.report_schema import Baseline, Gate, Report, Result
 from vit_export.runtime.report_sections import sections
 
 MANY = 200  # flipped images listed for one artifact
@@ -65,7 +76,7 @@ def _sections(report: Report, folder: Path | None) -> Iterator[Node | None]:
         yield section("Calibration", *calibration_html.parts(calibration_html.read(folder)))
         seen = attention_file.read(folder)
         yield section("Attention", *attention_html.parts(seen, folder)) if seen else None
-    yield section("Images", items(_images(report)))
+    yield section("Images", items(image_facts(report)))
     for one in sections(report):
         yield section(
             one.title,
@@ -93,11 +104,6 @@ def summary(report: Report) -> str:
     others = [f"{states.count(s)} {s}" for s in ("hold", "failed", "not run", "-") if s in states]
     tail = f": {', '.join(others)}".replace(" -", " without a verdict") if others else ""
     return f"{states.count('ship')} of {len(states)} artifacts can ship{tail}."
-
-
-def join(*facts: str) -> str:
-    """Facts in one line, empty ones left out."""
-    return ", ".join(fact for fact in facts if fact)
 
 
 def _card(result: Result) -> Node:
@@ -199,19 +205,6 @@ def _notes(report: Report) -> Iterator[str]:
         for note in result.notes:
             named.setdefault(note, []).append(result.name)
     yield from (f"{', '.join(names)}: {note}" for note, names in named.items())
-
-
-def _images(report: Report) -> Iterator[str]:
-    for name, data in (("calibration", report.data.calib), ("evaluation", report.data.eval)):
-        if data is not None:
-            labels = "labelled" if isinstance(data, EvalData) and data.labels else ""
-            skipped = f"{data.skipped} unreadable" if data.skipped else ""
-            yield f"{name}: {join(f'{data.images} images', labels, skipped, data.path)}"
-    contract = report.model.preprocessing
-    yield (
-        f"preprocessing: {contract.interpolation} to {contract.size[0]}x{contract.size[1]}, "
-        f"{contract.crop_mode} crop {contract.crop_pct:g}, mean {contract.mean}, std {contract.std}"
-    )
 
 
 def _environment(report: Report) -> Node | None:

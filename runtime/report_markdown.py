@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from vit_export.runtime.report_cells import (
     HEADERS,
     device_facts,
+    image_facts,
+    join,
     megabytes,
     number,
     printable,
@@ -15,7 +17,7 @@ from vit_export.runtime.report_cells import (
     untimed,
     why,
 )
-from vit_export.runtime.report_schema import EvalData, Report
+from vit_export.runtime.report_schema import Report
 from vit_export.runtime.report_sections import Section, sections
 from vit_export.runtime.sweep import CAPTION, TITLE, sweep
 from vit_export.runtime.sweep import HEADERS as SWEEP_HEADERS
@@ -60,7 +62,7 @@ def _head(report: Report) -> Iterator[str]:
     model = report.model
     yield f"# vit-export: {escape(model.spec)}"
     yield ""
-    yield _facts(
+    yield join(
         f"{escape(model.family)}, {model.parameters / 1e6:.2f} M parameters",
         f"{model.macs / 1e9:.2f} GMAC" if model.macs else "",
         f"made {report.created:%Y-%m-%d %H:%M %Z}",
@@ -123,16 +125,7 @@ def _because(reason: str) -> str:
 def _data(report: Report) -> Iterator[str]:
     yield "## Images"
     yield ""
-    for name, data in (("calibration", report.data.calib), ("evaluation", report.data.eval)):
-        if data is not None:
-            labels = "labelled" if isinstance(data, EvalData) and data.labels else ""
-            skipped = f"{data.skipped} unreadable" if data.skipped else ""
-            yield f"- {name}: {_facts(f'{data.images} images', labels, skipped, escape(data.path))}"
-    contract = report.model.preprocessing
-    yield (
-        f"- preprocessing: {contract.interpolation} to {contract.size[0]}x{contract.size[1]}, "
-        f"{contract.crop_mode} crop {contract.crop_pct:g}, mean {contract.mean}, std {contract.std}"
-    )
+    yield from (f"- {escape(fact)}" for fact in image_facts(report))
 
 
 def _environment(report: Report) -> Iterator[str]:
@@ -140,9 +133,9 @@ def _environment(report: Report) -> Iterator[str]:
     yield "## Environment"
     yield ""
     features = " ".join(env.cpu_features)
-    yield f"- {_facts(escape(env.cpu), f'{env.cores} cores', f'{env.threads} threads', features)}"
-    yield f"- {_facts(escape(env.os), f'Python {env.python}', f'{megabytes(env.memory_bytes)} MB of memory')}"
-    yield f"- {_facts(*(f'{name} {version}' for name, version in env.versions.items()))}"
+    yield f"- {join(escape(env.cpu), f'{env.cores} cores', f'{env.threads} threads', features)}"
+    yield f"- {join(escape(env.os), f'Python {env.python}', f'{megabytes(env.memory_bytes)} MB of memory')}"
+    yield f"- {join(*(f'{name} {version}' for name, version in env.versions.items()))}"
     yield ""
     yield "```"
     yield report.command.replace("```", "'''")
@@ -156,7 +149,3 @@ def _device(report: Report) -> Iterator[str]:
     yield "## Device"
     yield ""
     yield from (f"- {escape(fact)}" for fact in device_facts(report.device))
-
-
-def _facts(*facts: str) -> str:
-    return ", ".join(fact for fact in facts if fact)

@@ -16,6 +16,7 @@ from msgspec import Meta
 from vit_export.artifacts import Precision
 from vit_export.errors import InputError
 from vit_export.runtime import report_schema
+from vit_export.runtime.files import read_bounded
 from vit_export.runtime.report_schema import Count, Part, Report
 
 SCHEMA: Literal["vit-export.sweep/1"] = "vit-export.sweep/1"
@@ -90,12 +91,9 @@ def encode(sweep: Sweep) -> bytes:
 def read(path: Path) -> Sweep:
     """From sweep.json or the folder that holds it. Raises InputError for anything else."""
     path = path / NAME if path.is_dir() else path
+    data = read_bounded(path, MAX_BYTES, "sweep")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} is too large for a sweep")
-        return msgspec.json.decode(path.read_bytes(), type=Sweep)
-    except OSError as error:
-        raise InputError(f"cannot read the sweep {path}: {error.strerror or error}") from error
+        return msgspec.json.decode(data, type=Sweep)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"{path} is not a valid sweep: {error}") from error
 

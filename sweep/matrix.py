@@ -38,6 +38,7 @@ from vit_export.artifacts import Precision
 from vit_export.errors import InputError, UsageError
 from vit_export.job import ExportJob
 from vit_export.python310 import tomllib
+from vit_export.runtime.files import read_bounded
 
 MAX_BYTES = 1 << 20
 MAX_CELLS = 100_000
@@ -89,12 +90,9 @@ class Cell:
 
 def read(path: Path) -> SweepFile:
     """Raises InputError with the place of what is wrong."""
+    text = read_bounded(path, MAX_BYTES, "sweep's file")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} is too large for a sweep's file")
-        return msgspec.convert(tomllib.loads(path.read_text("utf-8")), SweepFile, dec_hook=_path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        return msgspec.convert(tomllib.loads(text.decode()), SweepFile, dec_hook=_path)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {error}") from error
     except msgspec.ValidationError as error:

@@ -1,4 +1,4 @@
-"""What several areas share: the default model exported once, and an empty environment like a device's."""
+"""What several areas share: the command line in this process, one export, an environment like a device's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import venv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -21,6 +21,37 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 ROOT = Path(__file__).parents[1]
 BUNDLE_IMAGES = 30
 EVAL_IMAGES = 300
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command(Protocol):
+    """Runs `vit-export` with arguments."""
+
+    def __call__(self, *arguments: object) -> Run: ...
+
+
+@pytest.fixture
+def vit_export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`vit-export ARGUMENTS` in this process."""
+
+    def run(*arguments: object) -> Run:
+        from vit_export import cli
+
+        monkeypatch.setattr(sys, "argv", ["vit-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Run(int(stop.value.code or 0), out, err)
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,12 @@
-"""Running the command line in this process, and one real export shared by the tests that read it."""
+"""One real export shared by the tests that read it, and photos."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pytest
-
-from vit_export import cli
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Command(Protocol):
-    """Runs `vit-export` with arguments."""
-
-    def __call__(self, *arguments: object) -> Run: ...
-
-
-@pytest.fixture
-def vit_export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`vit-export ARGUMENTS` in this process."""
-
-    def run(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["vit-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Run(int(stop.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture(scope="session")
