@@ -123,8 +123,9 @@ def nncf_openvino(model: LoadedModel, calib: EvalSet, path: Path) -> Path:
     from vit_export.calibration.preprocess import batches
 
     dataset = nncf.Dataset(list(batches(calib, 1)))
+    shape = (1, 3, *model.image_size)
     quantised = nncf.quantize(
-        openvino.convert_model(model.module, example_input=torch.zeros(1, 3, *model.image_size)),
+        openvino.convert_model(model.module, example_input=torch.zeros(shape), input=[[-1, *shape[1:]]]),
         dataset,
         preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER,
