@@ -111,6 +111,8 @@ def merge_heads(model: ir.Model) -> None:
             continue
         if all(value is values[0] for value in values) and joined == [0, 1, 2]:
             values = list(_split(node, values[0], 3))
+        elif values[1] is values[2] and joined == [None, 0, 1]:  # of fewer tokens, in PVT
+            values[1:] = _split(node, values[1], 2)
         elif joined != [None, None, None]:
             continue
         if cut is not None:
@@ -147,7 +149,7 @@ def _cut_before_heads(model: ir.Model, node: ir.Node, cut: ir.Node, value: ir.Va
 
 
 def _head_source(value: ir.Value | None) -> tuple[ir.Value, int, int | None] | None:
-    """What is split into heads to give `value`: (tensor [B, N, C or 3C], heads, part of a joined qkv)."""
+    """What is split into heads to give `value`: (tensor [B, N, C, 2C or 3C], heads, part of joined ones)."""
     node = value.producer() if value is not None else None
     part: int | None = None
     if node is not None and node.op_type == "Squeeze" and _ints(node, 1) == [0]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from contracts.families import FAMILIES
 from contracts.small import loaded, small_vit
 from contracts.target import TargetContract
 from vit_export.artifacts import (
@@ -179,3 +180,13 @@ def test_unknown_target_lists_the_known() -> None:
     """A name that is no target is answered with those that are."""
     with pytest.raises(UsageError, match="targets: onnx, openvino, tensorrt, coreml"):
         target_named("tflite")
+
+
+def test_keys_and_values_joined_by_a_product_are_split_flat() -> None:
+    """PVT's attention reads [B, N, C] too: a Split for keys and values, no Transpose around an Attention."""
+    program = trace(FAMILIES["timm pvt_v2"].load())
+    graph = to_onnx(program, TargetProfile("asymmetric", 23, "fused")).graph
+    attentions = [node for node in graph if node.op_type == "Attention"]
+    assert attentions and all(node.attributes["q_num_heads"].as_int() > 0 for node in attentions)
+    before = {value.producer().op_type for node in attentions for value in node.inputs if value is not None}  # type: ignore[union-attr]
+    assert "Transpose" not in before and "Squeeze" not in {node.op_type for node in graph}
