@@ -5,7 +5,7 @@ Every pass takes an Edit and changes it in place. tests/export/test_fold.py prov
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -125,8 +125,8 @@ def share_masks(edit: Edit) -> None:
     """
     for expand in edit.nodes(aten.expand.default):
         value = edit.tensor(expand.args[0])
-        sides = expand.args[1][1:]  # type: ignore[index]
-        if value is None or len(sides) + 1 != value.ndim or len(value) != 1 or not _static(sides):
+        sides: Sequence[int] = expand.args[1][1:]  # type: ignore[index, assignment]
+        if value is None or len(sides) + 1 != value.ndim or len(value) != 1 or not _static(tuple(sides)):
             continue
         shared = edit.constant(f"{expand.args[0]}_shared", value.expand(1, *sides), expand)
         for user in list(expand.users):

@@ -11,6 +11,7 @@ weights and inputs, whose real values are multiplied. Where queries, keys or val
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _read(linear: Node, tokens: Tensor, channels: Tensor) -> _Heads | None:
 
 def _ask(edit: Edit, attention: Node, query: _Heads, keys: _Heads, values: _Heads) -> Node:
     """[B, heads, 1, D]; attention.args are not read any more."""
-    call = lambda target, *args: edit.call(attention, target, *args)  # noqa: E731
+    call = partial(edit.call, attention)
     heads, size = query.channels.shape
     width = int(shape_of(keys.linear.args[0])[-1])
     scale = argument(attention, 6, attention.kwargs.get("scale")) or size**-0.5

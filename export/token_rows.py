@@ -81,8 +81,8 @@ def _of_part(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     if node.target is operator.getitem:
         yield source, dim
         return
-    places = {aten.select.int: 1, aten.unbind.int: 1, aten.slice.Tensor: 1}
-    cut = int(argument(node, places.get(node.target, 2), 0)) % max(1, len(shape_of(source)))
+    place = 1 if node.target in (aten.select.int, aten.unbind.int, aten.slice.Tensor) else 2
+    cut = int(argument(node, place, 0)) % max(1, len(shape_of(source)))
     if node.target in (aten.select.int, aten.unbind.int):
         yield source, dim + (dim >= cut)
     elif dim != cut:

@@ -45,7 +45,7 @@ class Geometry:
         """
         sides = [_around(s, m, low) for s, m, low in zip(size, self.multiple, self.minimum, strict=True)]
         alike = size[0] == size[1] and sides[0] == sides[1]
-        sizes = [(side, side) for side in sides[0]] if alike else list(product(*sides))
+        sizes = [(side, side) for side in sides[0]] if alike else [(h, w) for h, w in product(*sides)]
         return tuple(sorted(sizes, key=lambda s: (abs(s[0] - size[0]) + abs(s[1] - size[1]), s))[:count])
 
     def _fits(self, size: Size) -> bool:
