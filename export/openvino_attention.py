@@ -1,4 +1,4 @@
-"""A form of attention that OpenVINO gets right where there are as many queries as heads.
+"""Forms of attention that OpenVINO gets right: as many queries as heads, a bias of one row for all queries.
 
 OpenVINO's CPU plugin (2026.4.1) fuses an attention into one kernel that may write its result over the queries
 when both have one shape. The kernel takes in the transposes of the queries and of the result as well, in
@@ -7,12 +7,15 @@ then reads one order, writes another, and overwrites queries that it still needs
 Measured: wrong where exactly one of the two transposes is fused, H = N and the batch is static, in float32 as
 in bfloat16. PVTv2's last stage at 64 pixels is such an attention (4 tokens, 4 heads), Swin with 16 heads and
 windows of 4x4 another.
+
+In bfloat16 the same kernel adds a bias [.., 1, N] wrongly, whatever the sizes (-3 dB), and [.., M, N] rightly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 _PERM = [0, 2, 1, 3]
@@ -27,6 +30,26 @@ def keep_transposes_apart(model: ir.Model) -> int:
     for node in found:
         _halve(model, node)
     return len(found)
+
+
+def spread_bias(model: ir.Model) -> int:
+    """Give constant biases of one row a row for each query, in place; how many there were. Exact."""
+    found = 0
+    for node in model.graph:
+        add = _past(node.inputs[0]) if node.op_type == "Softmax" else None
+        if add is None or add.op_type != "Add":
+            continue
+        rows = add.outputs[0].shape[-2] if add.outputs[0].shape is not None else None
+        for index, value in enumerate(add.inputs):
+            bias = value.const_value.numpy() if value is not None and value.const_value is not None else None
+            if bias is None or bias.ndim < 2 or bias.shape[-2] != 1 or not isinstance(rows, int) or rows == 1:
+                continue
+            name = f"{add.name}.bias.{rows}"
+            tensor = ir.tensor(np.repeat(bias, rows, axis=-2), name=name)
+            model.graph.register_initializer(ir.val(name, const_value=tensor))
+            add.replace_input_with(index, model.graph.initializers[name])
+            found += 1
+    return found
 
 
 def _results(graph: ir.Graph) -> Iterator[ir.Node]:

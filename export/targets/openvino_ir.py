@@ -38,7 +38,7 @@ class OpenVinoTarget(Target):
         from vit_export.export.onnx_attention import tidy_attention
         from vit_export.export.onnx_graph import save, to_onnx
         from vit_export.export.onnx_integer import drop_zero_points
-        from vit_export.export.openvino_attention import keep_transposes_apart
+        from vit_export.export.openvino_attention import keep_transposes_apart, spread_bias
         from vit_export.export.openvino_ir_file import write_ir
         from vit_export.export.pad_tokens import pad_tokens
         from vit_export.export.single_query import merge_single_query
@@ -56,6 +56,7 @@ class OpenVinoTarget(Target):
         )
         tidy_attention(graph)
         keep_transposes_apart(graph)
+        spread_bias(graph)
         drop_zero_points(graph)
         if alone:
             from vit_export.export.onnx_weights import INTEGER, weight_products
