@@ -8,7 +8,7 @@ Measured: wrong where exactly one of the two transposes is fused, H = N and the 
 in bfloat16. PVTv2's last stage at 64 pixels is such an attention (4 tokens, 4 heads), Swin with 16 heads and
 windows of 4x4 another.
 
-In bfloat16 the same kernel adds a bias [.., 1, N] wrongly, whatever the sizes (-3 dB), and [.., M, N] rightly.
+In bfloat16 the same kernel adds a bias [.., 1, N] wrongly at any size (-3 dB), and [.., M, N] rightly.
 """
 
 from __future__ import annotations
