@@ -31,6 +31,7 @@ _FILLED = {
     aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.zeros_like.default: 0, aten.ones_like.default: 1
 }  # fmt: skip
 _ATTENTION = aten.scaled_dot_product_attention.default
+_OF_MASKS = (aten.add.Tensor, aten.slice.Tensor)
 _RANDOM = (aten.rand.default, aten.randn.default, aten.rand_like.default, aten.bernoulli.p)
 
 
@@ -128,15 +129,24 @@ def share_masks(edit: Edit) -> None:
         sides: Sequence[int] = expand.args[1][1:]  # type: ignore[index, assignment]
         if value is None or len(sides) + 1 != value.ndim or len(value) != 1 or not _static(tuple(sides)):
             continue
-        shared = edit.constant(f"{expand.args[0]}_shared", value.expand(1, *sides), expand)
-        for user in list(expand.users):
-            if user.target in (aten.add.Tensor, _ATTENTION) and user.args[0] is not expand:
-                user.replace_input_with(expand, shared)
+        if _is_mask(expand):
+            edit.bypass(expand, edit.constant(f"{expand.args[0]}_shared", value.expand(1, *sides), expand))
     for attention in edit.nodes(_ATTENTION):
         mask = edit.tensor(_arg(attention, 3) or attention.kwargs.get("attn_mask"))
         if mask is not None and mask.dtype is torch.bool and bool(mask.all()):
             attention.args = (*attention.args[:3], None, *attention.args[4:])
             attention.kwargs = {k: v for k, v in attention.kwargs.items() if k != "attn_mask"}
+
+
+def _is_mask(node: Node) -> bool:
+    """Whether attention alone reads a tensor, as mask or bias, maybe added to others or cut; it may then be
+    the same for all images."""
+    return bool(node.users) and all(
+        node not in user.args[:3]
+        if user.target is _ATTENTION
+        else user.target in _OF_MASKS and _is_mask(user)
+        for user in node.users
+    )
 
 
 def fold_batch_norm(edit: Edit) -> None:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from contracts.families import FAMILIES
 from contracts.small import loaded, randomise
 from vit_export.export.graph import aten
 from vit_export.export.program import relative_difference, trace
+
+ATTENTION = aten.scaled_dot_product_attention.default
 
 
 class Block(nn.Module):
@@ -140,3 +143,48 @@ def test_attention_in_windows_has_four_dimensions_and_a_constant_mask() -> None:
     assert aten.new_zeros.default not in {n.target for n in nodes}
     attention = next(n for n in nodes if n.target is aten.scaled_dot_product_attention.default)
     assert [len(arg.args[1]) for arg in attention.args[:3]] == [4, 4, 4]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["hf vit", "hf dinov2", "hf mae", "hf deit"])
+def test_masks_that_hide_nothing_go(family: str) -> None:
+    """transformers lets every token see every other by a mask of the batch's size: attention has none."""
+    graph = trace(FAMILIES[family].load()).graph.graph
+    attentions = [node for node in graph.nodes if node.target is ATTENTION]
+    assert attentions and all(len(node.all_input_nodes) == 3 for node in attentions)
+    assert not any(
+        node.target is aten.expand.default and len(node.meta["val"].shape) == 4 for node in graph.nodes
+    )
+
+
+@pytest.mark.parametrize("family", ["hf beit", "hf beit shared"])
+def test_a_bias_with_such_a_mask_is_a_constant(family: str) -> None:
+    """BEiT's table and the mask are one tensor, not computed for every image."""
+    attentions = [
+        node for node in trace(FAMILIES[family].load()).graph.graph.nodes if node.target is ATTENTION
+    ]
+    assert attentions and all(node.all_input_nodes[3].op == "get_attr" for node in attentions)
+
+
+class _Repeats(nn.Module):
+    """A class token that is repeated for the batch, moved by its position, and joined to the patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.first, self.where = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch(images).flatten(2).transpose(1, 2)
+        first = self.where + self.first.expand(images.shape[0], -1, -1)
+        answer: Tensor = self.head(torch.cat([first, patches], 1).mean(1))
+        return answer
+
+
+def test_tokens_stay_one_an_image() -> None:
+    """What is repeated for the batch and is no mask keeps its batch."""
+    model = loaded(randomise(_Repeats()), (16, 16), classes=5)
+    program = trace(model)
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        assert program.dynamic_batch
+        assert relative_difference(model.module(images), program.graph(images)) < 1e-6
