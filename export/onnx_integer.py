@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vit_export.export.onnx_passes import add_initializer, constant, only_user, remove_unused
+from vit_export.export.onnx_edit import add_initializer, constant, only_user
+from vit_export.export.onnx_passes import remove_unused
 
 CONTRIB = "com.microsoft"
 _PRODUCT = "MatMulIntegerToFloat"

@@ -15,6 +15,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from vit_export.export.onnx_edit import add_initializer, constant, ints, like, only_user, replace
+from vit_export.export.onnx_layout import transpose_images
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -37,14 +40,14 @@ def split_quantized_gemm(model: ir.Model) -> None:
             continue
         right = node.inputs[1]
         if node.attributes.get_int("transB", 0):
-            turn = _like(node, "Transpose", [right], {"perm": [1, 0]})
+            turn = like(node, "Transpose", [right], {"perm": [1, 0]})
             right = turn.outputs[0]
-        product = _like(node, "MatMul", [node.inputs[0], right]).outputs[0]
+        product = like(node, "MatMul", [node.inputs[0], right]).outputs[0]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         stored = constant(bias)
         if bias is not None and stored is not None:
             product.type = node.outputs[0].type
-            product = _like(node, "Sub", [product, _negated(model, bias, stored)]).outputs[0]
+            product = like(node, "Sub", [product, _negated(model, bias, stored)]).outputs[0]
         replace(node, product)
 
 
@@ -52,16 +55,6 @@ def _negated(model: ir.Model, value: ir.Value, stored: npt.NDArray[np.generic]) 
     name = f"{value.name}.negative"
     known = model.graph.initializers.get(name)
     return known if known is not None else add_initializer(model, name, np.negative(stored))
-
-
-def _like(
-    node: ir.Node, kind: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object] | None = None
-) -> ir.Node:
-    """A node of another kind that stands before `node` and comes from the same module."""
-    made = ir.node(kind, inputs, attributes=attributes or {}, metadata_props=dict(node.metadata_props))
-    assert node.graph is not None
-    node.graph.insert_before(node, made)
-    return made
 
 
 def fold_weight_transposes(model: ir.Model) -> None:
@@ -83,7 +76,7 @@ def fold_weight_transposes(model: ir.Model) -> None:
         if name not in graph.initializers:
             add_initializer(model, name, np.ascontiguousarray(stored.T))
         axis = 1 - (source.attributes.get_int("axis", 1) or 0)
-        turned = _like(
+        turned = like(
             node, "DequantizeLinear", [graph.initializers[name], *source.inputs[1:]], {"axis": axis}
         )
         replace(node, turned.outputs[0])
@@ -138,25 +131,25 @@ def _split(node: ir.Node, value: ir.Value, parts: int) -> Sequence[ir.Value]:
 def _cut_tokens(value: ir.Value | None) -> ir.Node | None:
     """The Slice that takes some tokens of [B, H, N, D], if it makes `value`."""
     node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == "Slice" and _ints(node, 3) == [2] else None
+    return node if node is not None and node.op_type == "Slice" and ints(node, 3) == [2] else None
 
 
 def _cut_before_heads(model: ir.Model, node: ir.Node, cut: ir.Node, value: ir.Value) -> ir.Value:
     """The same tokens of [B, N, C], in front of an Attention."""
     name = "axis_of_tokens"
     axis = model.graph.initializers.get(name) or add_initializer(model, name, np.array([1], np.int64))
-    return _like(node, "Slice", [value, *cut.inputs[1:3], axis]).outputs[0]
+    return like(node, "Slice", [value, *cut.inputs[1:3], axis]).outputs[0]
 
 
 def _head_source(value: ir.Value | None) -> tuple[ir.Value, int, int | None] | None:
     """What is split into heads to give `value`: (tensor [B, N, C, 2C or 3C], heads, part of joined ones)."""
     node = value.producer() if value is not None else None
     part: int | None = None
-    if node is not None and node.op_type == "Squeeze" and _ints(node, 1) == [0]:
+    if node is not None and node.op_type == "Squeeze" and ints(node, 1) == [0]:
         node = node.inputs[0].producer() if node.inputs[0] else None
-        if node is None or node.op_type != "Slice" or _ints(node, 3) != [0]:
+        if node is None or node.op_type != "Slice" or ints(node, 3) != [0]:
             return None
-        part = (_ints(node, 1) or [-1])[0]
+        part = (ints(node, 1) or [-1])[0]
         node = node.inputs[0].producer() if node.inputs[0] else None
     if node is None or node.op_type != "Transpose":
         return None
@@ -229,48 +222,6 @@ def _module_of(node: ir.Node) -> str:
     return _module_of(users[0]) if len(users) == 1 else ""
 
 
-def constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
-    """The array of an initializer or Constant, or None."""
-    tensor = value.const_value if value is not None else None
-    if tensor is None and value is not None:
-        tensor = ir.convenience.get_const_tensor(value)
-    return tensor.numpy() if tensor is not None else None
-
-
-def add_initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    """Add a named initializer and return its value."""
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
-    model.graph.register_initializer(value)
-    return value
-
-
-def replace(node: ir.Node, value: ir.Value) -> None:
-    """Let the users of a one-output node read `value`, and remove the node.
-
-    Where the graph returned the node's output, it returns `value` under the same name.
-    """
-    old = node.outputs[0]
-    name = old.name if old.is_graph_output() else None
-    value.shape, value.type = old.shape, old.type
-    old.replace_all_uses_with(value, replace_graph_outputs=True)
-    assert node.graph is not None
-    node.graph.remove(node, safe=True)
-    if name is not None:
-        old.name, value.name = f"{name}.replaced", name
-
-
-def _ints(node: ir.Node, index: int) -> Sequence[int] | None:
-    array = constant(node.inputs[index]) if len(node.inputs) > index else None
-    return None if array is None else [int(i) for i in array.reshape(-1)]
-
-
-def only_user(value: ir.Value) -> ir.Node | None:
-    """The one node that reads a value; None where several do or the graph returns it."""
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
-
-
 def remove_unused(model: ir.Model) -> None:
     """Drop nodes and initializers that nothing reads."""
     common.RemoveUnusedNodesPass()(model)
@@ -280,6 +231,7 @@ PASSES: tuple[Callable[[ir.Model], None], ...] = (
     split_quantized_gemm,
     fold_weight_transposes,
     merge_heads,
+    transpose_images,
     remove_unused,
     name_batch,
     name_by_module,

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vit_export.export.onnx_edit import add_initializer, constant
 from vit_export.export.onnx_integer import CONTRIB, added_bias, done, put
-from vit_export.export.onnx_passes import add_initializer, constant
 
 BLOCK = 32  # columns of a block; the operator knows powers of two from 16 on
 FLOAT, INTEGER = 1, 4  # its accuracy levels: products in float32, or of activations quantised as they come

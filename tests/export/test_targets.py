@@ -190,3 +190,12 @@ def test_keys_and_values_joined_by_a_product_are_split_flat() -> None:
     assert attentions and all(node.attributes["q_num_heads"].as_int() > 0 for node in attentions)
     before = {value.producer().op_type for node in attentions for value in node.inputs if value is not None}  # type: ignore[union-attr]
     assert "Transpose" not in before and "Squeeze" not in {node.op_type for node in graph}
+
+
+@pytest.mark.parametrize("family", ["timm pvt_v2", "hf pvt", "timm vit"])
+def test_feature_maps_are_transposed_as_images(family: str) -> None:
+    """No [B, N, C] is turned to [B, C, N]: convolutions stand beside transposes of channels."""
+    graph = to_onnx(trace(FAMILIES[family].load()), TargetProfile("asymmetric", 23, "fused")).graph
+    turns = [list(n.attributes.get_ints("perm")) for n in graph if n.op_type == "Transpose"]
+    assert [0, 2, 1] not in turns and [0, 2, 3, 1] in turns
+    assert ([0, 3, 1, 2] in turns) == (family != "timm vit")

@@ -47,6 +47,7 @@ class Hook:
 def main() -> None:
     moment, action, *arguments = sys.argv[1:]
     one_size.alternate = instead
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     import vit_export.pipeline  # noqa: F401  (what importing torch writes is no event of ours)
 
     hook = Hook(moment, action)
