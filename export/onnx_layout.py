@@ -30,9 +30,10 @@ def _tokens(reshape: ir.Node) -> ir.Value | None:
     """The [B, N, C] that a Transpose and this Reshape make [B, C, H, W] of."""
     given = reshape.inputs[0]
     source = given.producer() if given is not None else None
-    if source is None or not _swaps(source) or only_user(source.outputs[0]) is not reshape:
+    if source is None:
         return None
-    return source.inputs[0] if _flat(source.outputs[0], reshape.outputs[0]) else None
+    alone = _swaps(source) and only_user(source.outputs[0]) is reshape
+    return source.inputs[0] if alone and _flat(source.outputs[0], reshape.outputs[0]) else None
 
 
 def _image(transpose: ir.Node) -> ir.Value | None:
