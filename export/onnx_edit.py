@@ -35,6 +35,12 @@ def add_initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) 
     return value
 
 
+def shape_initializer(model: ir.Model, dims: Sequence[int]) -> ir.Value:
+    """The shape that a Reshape is given, one initializer for all that want it; 0 keeps the dimension."""
+    name = f"shape_{'_'.join(map(str, dims))}"
+    return model.graph.initializers.get(name) or add_initializer(model, name, np.array(dims, np.int64))
+
+
 def replace(node: ir.Node, value: ir.Value) -> None:
     """Let the users of a one-output node read `value`, and remove the node.
 

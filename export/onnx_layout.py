@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
-from vit_export.export.onnx_edit import add_initializer, like, only_user, replace
+from vit_export.export.onnx_edit import like, only_user, replace, shape_initializer
 
 
 def transpose_images(model: ir.Model) -> None:
@@ -62,10 +61,7 @@ def _sides(value: ir.Value) -> list[int]:
 
 def _reshape(model: ir.Model, node: ir.Node, value: ir.Value, sides: Sequence[int]) -> ir.Value:
     """[B, ...] with these sides behind the batch."""
-    name = "shape_of_" + "x".join(map(str, sides))
-    known = model.graph.initializers.get(name)
-    shape = known or add_initializer(model, name, np.array([0, *sides], np.int64))
-    made = like(node, "Reshape", [value, shape]).outputs[0]
+    made = like(node, "Reshape", [value, shape_initializer(model, (0, *sides))]).outputs[0]
     made.shape = ir.Shape([next(iter(value.shape or (None,))), *sides])
     made.type = node.outputs[0].type
     return made

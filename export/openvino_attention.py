@@ -13,10 +13,12 @@ In bfloat16 the same kernel adds a bias [.., 1, N] wrongly at any size (-3 dB), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+
+from vit_export.export.onnx_edit import add_initializer, shape_initializer
 
 _PERM = [0, 2, 1, 3]
 
@@ -45,9 +47,8 @@ def spread_bias(model: ir.Model) -> int:
             if bias is None or bias.ndim < 2 or bias.shape[-2] != 1 or not isinstance(rows, int) or rows == 1:
                 continue
             name = f"{add.name}.bias.{rows}"
-            tensor = ir.tensor(np.repeat(bias, rows, axis=-2), name=name)
-            model.graph.register_initializer(ir.val(name, const_value=tensor))
-            add.replace_input_with(index, model.graph.initializers[name])
+            spread = add_initializer(model, name, np.repeat(bias, rows, axis=-2))
+            add.replace_input_with(index, spread)
             found += 1
     return found
 
@@ -104,9 +105,9 @@ def _halve(model: ir.Model, node: ir.Node) -> None:
     given, out = node.inputs[0], node.outputs[0]
     assert given is not None and given.shape is not None
     heads, queries, width = (int(side) for side in given.shape[1:])
-    halves = ir.node("Reshape", [given, _shape(model, (0, heads, queries, 2, width // 2))])
+    halves = ir.node("Reshape", [given, shape_initializer(model, (0, heads, queries, 2, width // 2))])
     turned = ir.node("Transpose", halves.outputs, attributes={"perm": [*_PERM, 4]})
-    whole = ir.node("Reshape", [turned.outputs[0], _shape(model, (0, queries, heads, width))])
+    whole = ir.node("Reshape", [turned.outputs[0], shape_initializer(model, (0, queries, heads, width))])
     for new, part in ((halves, "halves"), (turned, "turned"), (whole, "whole")):
         new.name = f"{node.name}/{part}"
         new.metadata_props.update(node.metadata_props)
@@ -114,12 +115,3 @@ def _halve(model: ir.Model, node: ir.Node) -> None:
     whole.outputs[0].shape, whole.outputs[0].type = out.shape, out.type
     out.replace_all_uses_with(whole.outputs[0], replace_graph_outputs=True)
     model.graph.remove(node, safe=True)
-
-
-def _shape(model: ir.Model, dims: Sequence[int]) -> ir.Value:
-    """An initializer with a shape; 0 keeps the dimension."""
-    name = f"shape_{'_'.join(map(str, dims))}"
-    if name not in model.graph.initializers:
-        value = ir.val(name, const_value=ir.tensor(list(dims), dtype=ir.DataType.INT64, name=name))
-        model.graph.register_initializer(value)
-    return model.graph.initializers[name]

@@ -39,7 +39,7 @@ class _Heads:
 
 
 def merge_single_query(program: Program) -> Program:
-    """The same program with single queries asked of the tokens; the program itself where there are none."""
+    """The same program with single queries asked of the tokens; nothing changes where there are none."""
     edit = Edit.of(program.graph)
     for attention in edit.nodes(aten.scaled_dot_product_attention.default):
         query, keys, values = (_heads(argument(attention, index)) for index in range(3))
